@@ -1,0 +1,21 @@
+"""Learning dynamics of LLM finetuning: the helper package of the companion.
+
+Floors, imports only go down: `__main__`, `book`, `runner` > `claims`, `figures` > `training`, `records` >
+`probes`, `models`, `preferences`, `digits` > `logprobs`, `residuals`, `influence`, `squeezing`.
+"""
+
+__version__ = "0.1.0"
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: what, where, what is allowed."""
+
+
+def unknown(kind: str, name: object, allowed) -> InputError:
+    """The error for a name that is not known: the nearest one that is, and the whole choice."""
+    from difflib import get_close_matches
+
+    allowed = [str(a) for a in allowed]
+    near = get_close_matches(str(name), allowed, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return InputError(f"unknown {kind} {name!r}{hint} (allowed: {', '.join(allowed)})")
