@@ -1,0 +1,415 @@
+"""Records: one long table per run, a manifest beside it, and a cache keyed by everything that made it.
+
+A run is a function call. `run(function, parameters)` looks for `runs/<name>-<key>/`, where the key hashes the
+parameters, the input files, the code that the function reaches inside this package and the versions of the
+libraries that this code imports. What is there is read; what is not is computed, and an interrupted call
+continues from whatever the function left in its `work` folder.
+
+    runs/digits.train-5f0c.../table.parquet     step, examples, prompt_id, response_type, metric, value
+                              manifest.json     parameters, inputs, code, versions, git commit, times
+                              work/             checkpoints of an unfinished run
+"""
+
+import ast
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor
+from datetime import UTC, datetime
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from filelock import FileLock
+
+COLUMNS = ["step", "examples", "prompt_id", "response_type", "metric", "value"]
+PACKAGE = Path(__file__).parent
+ROOT = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").exists() else Path.cwd()
+
+
+class RecordError(RuntimeError):
+    """A record on disk is missing, damaged or breaks an invariant; one line naming the folder and why."""
+
+
+class Run(NamedTuple):
+    folder: Path
+    table: pd.DataFrame  # COLUMNS, one number a row
+    manifest: dict
+
+
+def runs_root() -> Path:
+    """The folder that holds the runs: `$LDDYN_RUNS`, or `runs/` in the repository."""
+    return Path(os.environ.get("LDDYN_RUNS", ROOT / "runs"))
+
+
+# --- what made a run ---------------------------------------------------------------------------------------
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _imports(tree: ast.Module) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                node.body = body[1:]
+    return tree
+
+
+@cache
+def code_hashes(module: str) -> dict[str, str]:
+    """Hash of `lddyn.<module>` and of every module of this package that it imports, directly or not.
+
+    The syntax tree is hashed, without docstrings: rewording a comment does not make a result stale.
+    """
+    hashes, todo = {}, {module}
+    while todo:
+        name = todo.pop()
+        path = PACKAGE / (name.removeprefix("lddyn.").replace(".", "/") + ".py")
+        if name in hashes or not name.startswith("lddyn.") or not path.exists():
+            continue
+        tree = ast.parse(path.read_text())
+        todo |= _imports(tree)
+        hashes[name] = hashlib.sha256(ast.dump(_without_docstrings(tree)).encode()).hexdigest()
+    return dict(sorted(hashes.items()))
+
+
+@cache
+def versions(module: str) -> dict[str, str]:
+    """Versions of Python and of the numerical libraries that a module's code imports."""
+    trees = [ast.parse((PACKAGE / f"{name.split('.')[1]}.py").read_text()) for name in code_hashes(module)]
+    used = {name.split(".")[0] for tree in trees for name in _imports(tree)} | {"numpy"}
+    known = {"sklearn": "scikit-learn"} | {
+        name: name for name in ("numpy", "torch", "scipy", "transformers", "trl", "tokenizers", "peft")
+    }
+    found = {known[name]: importlib.metadata.version(known[name]) for name in sorted(used & set(known))}
+    return {"python": ".".join(platform.python_version_tuple()[:2])} | found
+
+
+def _git() -> dict:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    with contextlib.suppress(OSError):
+        return {"commit": git("rev-parse", "--short", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    return {"commit": "", "dirty": False}
+
+
+def describe(function: Callable, parameters: Mapping, inputs: Mapping[str, Path]) -> dict:
+    """Everything that decides a run's numbers: function, parameters, input files, code, versions, device."""
+    module = function.__module__
+    return {
+        "function": f"{module}:{function.__name__}",
+        "parameters": dict(parameters),
+        "inputs": {k: {"path": str(p), "sha256": file_hash(p)} for k, p in sorted(inputs.items())},
+        "code": code_hashes(module),
+        "versions": versions(module),
+        "machine": platform.machine(),
+    }
+
+
+def key(description: Mapping) -> str:
+    """Twelve hexadecimal digits that name a description; input files count by content, not by path."""
+    content = {**description, "inputs": {k: v["sha256"] for k, v in description["inputs"].items()}}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def stale_because(manifest: Mapping) -> list[str]:
+    """Names of what has changed since the run was made: `code lddyn.digits`, `version torch`, `input data`."""
+    module = manifest["function"].split(":")[0]
+    now = {"code": code_hashes(module), "version": versions(module)} if code_hashes(module) else {}
+    then = {"code": manifest["code"], "version": manifest["versions"]}
+    if not now:
+        return [f"code {module} is gone"]
+    changed = [
+        f"{kind} {name}"
+        for kind in then
+        for name in sorted(then[kind].keys() | now[kind].keys())
+        if then[kind].get(name) != now[kind].get(name)
+    ]
+    for name, file in manifest["inputs"].items():
+        if not Path(file["path"]).exists():
+            changed.append(f"input {name} is gone")
+        elif file_hash(Path(file["path"])) != file["sha256"]:
+            changed.append(f"input {name}")
+    return changed
+
+
+# --- reading and writing -----------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it there in one step.
+
+    Raises `RecordError` when the folder cannot be written or the disk is full; what was there stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RecordError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write indented JSON atomically."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def check(table: pd.DataFrame) -> None:
+    """Check the invariants of a table; raise `RecordError` naming the first one that is broken.
+
+    Finite values; metrics whose name starts with `prob` in [0, 1]; log-probabilities at most zero; along one path the
+    arg max is at least as likely as the response itself, log pi(y*) >= log pi(y); every evaluation of a
+    metric has the same prompts.
+    """
+    if list(table.columns) != COLUMNS:
+        raise RecordError(f"columns are {list(table.columns)}, expected {COLUMNS}")
+    if table.empty:
+        raise RecordError("the table is empty")
+    if not np.isfinite(table.value).all():
+        bad = table[~np.isfinite(table.value)].iloc[0]
+        raise RecordError(f"{bad.metric} of {bad.response_type} at step {bad.step} is {bad.value}")
+    prob = table[table.metric.str.startswith("prob")]
+    if not prob.value.between(0, 1 + 1e-6).all():
+        raise RecordError(f"{prob.loc[~prob.value.between(0, 1 + 1e-6), 'metric'].iloc[0]} leaves [0, 1]")
+    logp = table[table.metric.str.contains(r"^(?:argmax_)?logp_(?:sum|mean)$", regex=True)]
+    if (logp.value > 1e-4).any():
+        raise RecordError(f"{logp.loc[logp.value > 1e-4, 'metric'].iloc[0]} is above zero")
+    if "argmax_logp_sum" in set(logp.metric):
+        pair = logp.pivot(index=["step", "prompt_id", "response_type"], columns="metric", values="value")
+        pair = pair[["argmax_logp_sum", "logp_sum"]].dropna()
+        worst = (pair.argmax_logp_sum - pair.logp_sum).min()
+        if worst < -1e-3:
+            raise RecordError(f"log pi(y*) is {-worst:.3g} nats below log pi(y) on the same path")
+    per_step = table.groupby(["metric", "response_type", "step"], observed=True).prompt_id.agg(
+        lambda ids: hash(frozenset(ids))
+    )
+    uneven = per_step.groupby(level=[0, 1], observed=True).nunique()
+    if (uneven > 1).any():
+        metric, kind = uneven[uneven > 1].index[0]
+        raise RecordError(f"the evaluations of {metric} for {kind} are over different prompts")
+
+
+def load(folder: Path | str) -> Run:
+    """Read a finished run and check it; raise `RecordError` when it is missing, unfinished or damaged."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if not manifest["finished"]:
+            raise RecordError(f"{folder}: the run is not finished")
+        if file_hash(folder / "table.parquet") != manifest["table_sha256"]:
+            raise RecordError(f"{folder}: table.parquet is damaged (its hash differs from the manifest's)")
+        table = pd.read_parquet(folder / "table.parquet")
+    except (OSError, ValueError, KeyError) as error:
+        raise RecordError(f"{folder}: unreadable record ({type(error).__name__}: {error})") from error
+    try:
+        check(table)
+    except RecordError as error:
+        raise RecordError(f"{folder}: {error}") from error
+    return Run(folder, table, manifest)
+
+
+def long(rows: Iterable[tuple]) -> pd.DataFrame:
+    """Build a table from tuples in the order of `COLUMNS`."""
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.astype({"step": "int64", "examples": "int64", "value": "float64"})
+
+
+# --- running -----------------------------------------------------------------------------------------------
+
+
+def peak_memory_mb() -> int:
+    """Largest resident size of this process so far, in MiB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+@contextlib.contextmanager
+def _threads(count: int | None):
+    import torch  # slow, and not needed to read records
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run(
+    function: Callable,
+    parameters: Mapping,
+    inputs: Mapping[str, Path] | None = None,
+    threads: int | None = 1,
+    root: Path | None = None,
+) -> Run:
+    """Return the run of `function(work=folder, **parameters)`: from the cache, or computed now.
+
+    `function` is importable, returns a long table (`COLUMNS`) and may keep checkpoints in `work`, which
+    survives an interruption and is removed at the end. `inputs` are files whose content counts. One thread
+    by default: tiny models are fastest so, and the numbers do not depend on the number of cores.
+    Two processes that ask for the same run wait for each other. Raises `RecordError` when the
+    folder cannot be written, before anything is computed.
+    """
+    description = describe(function, parameters, inputs or {})
+    name = f"{function.__module__.removeprefix('lddyn.')}.{function.__name__}"
+    folder = (root or runs_root()) / f"{name}-{key(description)}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise RecordError(f"cannot write in {folder.parent}: {error.strerror or error}") from error
+    with lock:
+        if (folder / "table.parquet").exists():
+            try:
+                return load(folder)
+            except RecordError as error:
+                print(f"lddyn: {error}; computing it again", file=sys.stderr)
+        return _compute(function, parameters, description, folder, threads)
+
+
+def _compute(function, parameters, description, folder: Path, threads) -> Run:
+    work = folder / "work"
+    resumed = work.exists()
+    with contextlib.suppress(OSError):
+        work.mkdir(parents=True, exist_ok=True)
+    manifest = {
+        "format": 1,
+        **description,
+        "git": _git(),
+        "platform": platform.platform(terse=True),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": None,
+        "resumed": resumed,
+    }
+    write_json(folder / "manifest.json", manifest)
+    clock = time.perf_counter()
+    with _threads(threads):
+        table = function(work=work, **parameters)
+    try:
+        check(table)
+    except RecordError as error:
+        raise RecordError(f"{folder}: the run broke an invariant: {error}") from error
+    write_atomically(folder / "table.parquet", lambda p: table.to_parquet(p, index=False))
+    manifest |= {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - clock, 2),
+        "peak_memory_mb": peak_memory_mb(),
+        "rows": len(table),
+        "table_sha256": file_hash(folder / "table.parquet"),
+    }
+    write_json(folder / "manifest.json", manifest)
+    for file in sorted(work.rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+    work.rmdir()
+    return load(folder)
+
+
+def run_all(
+    function: Callable,
+    settings: Iterable[Mapping],
+    inputs: Mapping[str, Path] | None = None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+) -> list[Run]:
+    """Run `function` once for each of `settings`, side by side, and return the runs in the same order.
+
+    `executor` is anything with `.submit` (a process pool by default, with one process per core and one thread
+    each). What finished stays, also when another run fails; the first failure is raised at the end.
+    """
+    settings = [dict(s) for s in settings]
+    root = runs_root()
+    workers = min(workers or os.cpu_count() or 1, len(settings))
+    if executor is None and workers <= 1:
+        return [run(function, s, inputs, root=root) for s in settings]
+    with contextlib.ExitStack() as stack:
+        if executor is None:
+            pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
+            executor = stack.enter_context(pool)
+        futures = [executor.submit(run, function, s, inputs, root=root) for s in settings]
+        failures = [error for error in (future.exception() for future in futures) if error]
+    if failures:
+        raise failures[0]
+    return [future.result() for future in futures]
+
+
+def _one_thread() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def frame(runs: Iterable[Run], *columns: str) -> pd.DataFrame:
+    """The tables of several runs in one, with a column for each of the named parameters (`seed` first)."""
+    names = ["seed", *columns]
+    return pd.concat(
+        [r.table.assign(**{c: r.manifest["parameters"].get(c) for c in names}) for r in runs], ignore_index=True
+    )
+
+
+def status(root: Path | None = None) -> list[dict]:
+    """One entry for each run folder: `run, state, why, parameters, seconds, finished`.
+
+    The state is `fresh`, `stale` (why names what changed), `running`, `unfinished` or `damaged`.
+    """
+    entries = []
+    for path in sorted((root or runs_root()).glob("*/manifest.json")):
+        entry = {"run": path.parent.name, "state": "fresh", "why": "", "parameters": {}}
+        try:
+            manifest = json.loads(path.read_text())
+            entry |= {k: manifest.get(k) for k in ("parameters", "seconds", "finished")}
+            changed = stale_because(manifest)
+            if changed:
+                entry |= {"state": "stale", "why": ", ".join(changed)}
+            elif not manifest["finished"]:
+                running = _is_locked(path.parent)
+                entry |= {"state": "running" if running else "unfinished", "why": f"since {manifest['started']}"}
+            elif file_hash(path.parent / "table.parquet") != manifest["table_sha256"]:
+                entry |= {"state": "damaged", "why": "table.parquet differs from the manifest's hash"}
+        except (OSError, ValueError, KeyError) as error:
+            entry |= {"state": "damaged", "why": f"{type(error).__name__}: {error}"}
+        entries.append(entry)
+    return entries
+
+
+def _is_locked(folder: Path) -> bool:
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except (TimeoutError, OSError):
+        return True
+    lock.release()
+    return False
+
