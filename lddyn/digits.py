@@ -1,0 +1,364 @@
+"""Chapter 1: real digits, the two small networks, and one training run with everything that is measured on it.
+
+Section 2, figure 1; appendix C.1, figures 6 and 7.
+"""
+
+import gzip
+import hashlib
+import urllib.request
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy, interpolate, pad
+
+from lddyn import InputError, influence, residuals, unknown
+from lddyn.records import long
+
+CLASSES = 10
+SCALES = {
+    "smoke": {"seeds": 2, "epochs": 8, "evaluations": 6, "n_train": 400, "n_test": 300, "lr": 3e-2},
+    "laptop": {"seeds": 5, "epochs": 60, "evaluations": 24, "n_train": 1000, "n_test": 797, "lr": 1e-2},
+    "paper": {"seeds": 5, "epochs": 100, "evaluations": 50, "n_train": 2000, "n_test": 10000, "lr": 1e-3},
+}
+ETAS = [10.0**k for k in range(-6, 1)]  # seven learning rates for the order of the error of proposition 1
+
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_MD5 = {
+    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+}
+
+
+def settings(scale: str, seeds: int | None = None, **overrides) -> dict:
+    """What a scale stands for, with the values that were given put in its place.
+
+    Returns the values flat, and under `run` those that `train` takes. Raises `InputError` for an unknown scale.
+    """
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    count = seeds or SCALES[scale]["seeds"]
+    run = {name: value for name, value in SCALES[scale].items() if name != "seeds"} | given
+    return {**run, "seeds": count, "run": run}
+
+
+# --- the images --------------------------------------------------------------------------------------------
+
+
+class Digits(NamedTuple):
+    images: Tensor  # (n, 1, 28, 28), 0 to 1
+    labels: Tensor  # (n,), 0 to 9
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read a gzipped IDX file of unsigned bytes; raise `InputError` naming the file when it is damaged."""
+    try:
+        with gzip.open(path) as file:
+            raw = file.read()
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path}: not a complete gzip file ({error})") from error
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or not 1 <= raw[3] <= 3 or len(raw) < 4 + 4 * raw[3]:
+        raise InputError(f"{path}: not an IDX file of unsigned bytes (header {raw[:4].hex() or 'missing'})")
+    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4).astype(int)
+    start = 4 + 4 * raw[3]
+    if len(raw) != start + shape.prod():
+        raise InputError(f"{path}: truncated, {len(raw) - start} bytes of data where {shape.prod()} are announced")
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def mnist_files(mnist_dir: str | Path) -> dict[str, Path]:
+    """The IDX files in a folder (either or both of the two official pairs), downloaded first when the folder lacks all.
+
+    Raises `InputError` when there are none and the network does not give them.
+    """
+    folder = Path(mnist_dir).expanduser()
+    pairs = [[f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz"] for part in ("train", "t10k")]
+    if not any((folder / name).exists() for pair in pairs for name in pair):
+        _download(folder)
+    found = [pair for pair in pairs if all((folder / name).exists() for name in pair)]
+    if not found:
+        raise InputError(f"{folder}: no complete pair of IDX files (allowed: {' or '.join(map(' + '.join, pairs))})")
+    return {name: folder / name for pair in found for name in pair}
+
+
+def _download(folder: Path) -> None:
+    for name, md5 in MNIST_MD5.items():
+        try:
+            with urllib.request.urlopen(MNIST_URL + name, timeout=20) as answer:
+                content = answer.read()
+            if hashlib.md5(content).hexdigest() != md5:
+                raise OSError(f"{name} arrived damaged")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        except OSError as error:
+            raise InputError(
+                f"mnist_dir {str(folder)!r} holds no IDX files and the download failed ({error}); "
+                "put the four .gz files there, or use data='digits'"
+            ) from error
+
+
+def inputs(data: str, mnist_dir: str) -> dict[str, Path]:
+    """The files that a data set is read from; none for the digits that scikit-learn ships."""
+    if data not in ("digits", "mnist"):
+        raise unknown("data", data, ["digits", "mnist"])
+    return mnist_files(mnist_dir) if data == "mnist" else {}
+
+
+def load(data: str = "digits", mnist_dir: str = "") -> Digits:
+    """Real digits: `digits`, scikit-learn's 1,797 scans of 8 x 8 pixels, enlarged to 20 x 20 in a frame of 28 x 28 as
+    in MNIST; or `mnist`, the IDX files in `mnist_dir`."""
+    files = inputs(data, mnist_dir)
+    if data == "digits":
+        from sklearn.datasets import load_digits
+
+        scans = load_digits()
+        small = torch.tensor(scans.images, dtype=torch.float32).unsqueeze(1) / 16  # (n, 1, 8, 8)
+        large = interpolate(small, size=(20, 20), mode="bicubic", align_corners=False).clamp(0, 1)
+        return Digits(pad(large, (4, 4, 4, 4)), torch.tensor(scans.target))
+    arrays = [read_idx(path) for path in files.values()]
+    images, labels = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
+    if len(images) != len(labels):
+        raise InputError(f"{mnist_dir}: {len(images)} images but {len(labels)} labels")
+    return Digits(torch.tensor(images).unsqueeze(1) / 255, torch.tensor(labels, dtype=torch.int64))
+
+
+def split(digits: Digits, n_train: int, n_test: int, seed: int) -> tuple[Digits, Digits]:
+    """Shuffle by seed and cut into a training and a test set; raise `InputError` when there are too few."""
+    total = len(digits.labels)
+    if n_train + n_test > total:
+        raise InputError(f"n_train + n_test = {n_train + n_test}, but there are {total} images")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    parts = order[:n_train], order[n_train : n_train + n_test]
+    return tuple(Digits(digits.images[part], digits.labels[part]) for part in parts)
+
+
+# --- the networks ------------------------------------------------------------------------------------------
+
+
+def network(net: str, seed: int) -> nn.Module:
+    """`lenet`, as in the authors' code (tanh, 6 and 16 filters of 5 x 5, fully connected 400-60-42-10), or `mlp`."""
+    torch.manual_seed(seed)
+    if net == "lenet":
+        features = [nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2)]
+        features += [nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten()]
+        head = [nn.Linear(400, 60), nn.Tanh(), nn.Linear(60, 42), nn.Tanh(), nn.Linear(42, CLASSES)]
+        return nn.Sequential(*features, *head)
+    if net == "mlp":
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    raise unknown("net", net, ["lenet", "mlp"])
+
+
+def logits(model: nn.Module, parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+    """The network as a pure function of its parameters, for one image (1, 28, 28). Returns (10,)."""
+    return functional_call(model, parameters, (image.unsqueeze(0),)).squeeze(0)
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """A detached copy of a model's parameters."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def gradient_step(model: nn.Module, parameters: dict, image: Tensor, label: Tensor, eta: float) -> dict[str, Tensor]:
+    """The parameters after one plain gradient step on one example (eq. 1)."""
+    gradient = torch.func.grad(lambda theta: cross_entropy(logits(model, theta, image), label))(parameters)
+    return {name: p - eta * gradient[name] for name, p in parameters.items()}
+
+
+# --- what is measured --------------------------------------------------------------------------------------
+
+
+def of_each_class(digits: Digits, count: int) -> Tensor:
+    """Indices of the first `count` examples of each class, (10, count); fewer where the rarest class has fewer."""
+    count = min(count, int(digits.labels.bincount(minlength=CLASSES).min()))
+    return torch.stack([(digits.labels == c).nonzero().flatten()[:count] for c in range(CLASSES)])
+
+
+def one_step_changes(model, parameters, train: Digits, test: Digits, eta: float) -> tuple[Tensor, Tensor]:
+    """Mean change of log pi(v | x_o), in nats, and of pi(v | x_o) after one step on a training image (figure 1b).
+
+    Averaged over 3 updates of each class u and 10 test images of each class o. Returns two tensors (u, o, v).
+    """
+    observed = test.images[of_each_class(test, 10)]  # (o, 10, 1, 28, 28)
+    per_class = observed.shape[1]
+
+    def log_p(theta: dict) -> Tensor:
+        z = functional_call(model, theta, (observed.flatten(0, 1),))
+        return z.log_softmax(-1).unflatten(0, (CLASSES, per_class))  # (o, 10, v)
+
+    before = log_p(parameters)
+    nats, probability = torch.zeros(2, CLASSES, CLASSES, CLASSES)
+    for u, examples in enumerate(of_each_class(train, 3)):
+        for i in examples:
+            after = log_p(gradient_step(model, parameters, train.images[i], train.labels[i], eta))
+            nats[u] += (after - before).mean(1) / len(examples)
+            probability[u] += (after.exp() - before.exp()).mean(1) / len(examples)
+    return nats, probability
+
+
+def factors(model, parameters, digits: Digits) -> tuple[Tensor, Tensor, Tensor]:
+    """A (n, V, V), K (n, n, V, V) and G (n, V) over a few images, each as observed x_o (rows) and update x_u (columns)."""
+    jacobian = influence.jacobians(partial(logits, model), parameters, digits.images)
+    p = functional_call(model, parameters, (digits.images,)).softmax(-1)
+    return influence.normalization(p), influence.entk(jacobian, jacobian), residuals.sft(p, digits.labels)
+
+
+def class_means(values: Tensor, labels: Tensor) -> Tensor:
+    """Mean of a matrix over pairs of images by pair of classes, an image with itself left out. (n, n) -> (10, 10)."""
+    member = torch.nn.functional.one_hot(labels, CLASSES).to(values)  # (n, c)
+    different = 1 - torch.eye(len(values), dtype=values.dtype)
+    return (member.T @ (values * different) @ member) / (member.T @ different @ member)
+
+
+def proposition_errors(model, parameters, observed: Digits, updates: Digits, etas=ETAS) -> list[tuple]:
+    """How far -eta A K G is from the measured change, for every pair and learning rate, in float64.
+
+    Returns rows (pair, eta, ||measured - predicted||, ||measured||) with measured = log pi after - before.
+    """
+    model = model.double()
+    theta = {name: p.double() for name, p in parameters.items()}
+    both = Digits(torch.cat([observed.images, updates.images]).double(), torch.cat([observed.labels, updates.labels]))
+    a, k, g = factors(model, theta, both)
+    n = len(observed.labels)
+    before = functional_call(model, theta, (both.images[:n],)).log_softmax(-1)
+    rows = []
+    for u in range(n, len(both.labels)):
+        for eta in etas:
+            after = gradient_step(model, theta, both.images[u], both.labels[u], eta)
+            measured = functional_call(model, after, (both.images[:n],)).log_softmax(-1) - before
+            predicted = influence.predicted_change(eta, a[:n], k[:n, u], g[u])
+            sizes = zip((measured - predicted).norm(dim=-1).tolist(), measured.norm(dim=-1).tolist(), strict=True)
+            rows += [(f"{o}<-{u - n}", eta, error, size) for o, (error, size) in enumerate(sizes)]
+    model.float()
+    return rows
+
+
+def measure(model, train: Digits, test: Digits, few: Digits, eta: float) -> list[tuple]:
+    """All measurements of one evaluation as rows (prompt_id, response_type, metric, value).
+
+    `prompt_id` is the observed class, `response_type` the predicted class or the class of the update.
+    """
+    theta = parameters_of(model)
+    z = functional_call(model, theta, (test.images,))
+    member = torch.nn.functional.one_hot(test.labels, CLASSES).float()
+    mean_prediction = (member / member.sum(0)).T @ z.softmax(-1)  # (true class, predicted class)
+    nats, probability = one_step_changes(model, theta, train, test, eta)
+    a, k, g = factors(model, theta, few)
+    k_norm = k.flatten(2).norm(dim=-1)  # (n, n)
+    change = torch.einsum("oij,oujk,uk->oui", a, k, g)  # per unit of -eta
+    pairs = {
+        "prob_mean": mean_prediction,
+        "entk_norm": class_means(k_norm, few.labels),
+        "effect_norm": class_means(change.norm(dim=-1), few.labels),
+        "change_of_prob": torch.einsum("uou->ou", probability),
+        "change_of_logp_after_4": nats[4],  # (o, v)
+    }
+    rows = [
+        (f"class_{o}", f"class_{v}", metric, matrix[o, v].item())
+        for metric, matrix in pairs.items()
+        for o in range(CLASSES)
+        for v in range(CLASSES)
+    ]
+    a_squared = a.square().sum((1, 2))
+    identity = influence.peakiness(functional_call(model, theta, (few.images,)).softmax(-1))
+    lbk = influence.lbk(change, a_squared[:, None], g[None])  # (o, u), in units of eta^2
+    everything = {
+        "accuracy": (z.argmax(-1) == test.labels).float().mean().item(),
+        "nll": cross_entropy(z, test.labels).item(),
+        "lbk_share_max": (lbk / k_norm.square()).max().item(),
+        "peakiness_error": (a_squared / identity - 1).abs().max().item(),
+        "residual_norm": g.norm(dim=-1).mean().item(),
+        "peakiness": influence.peakiness(z.softmax(-1)).mean().item(),
+    }
+    return rows + [("test", "all", metric, value) for metric, value in everything.items()]
+
+
+# --- one run -----------------------------------------------------------------------------------------------
+
+
+def evaluation_epochs(epochs: int, evaluations: int) -> list[int]:
+    """Epochs at which the network is looked at: 0, the last, and denser at the start, where most happens."""
+    return sorted({round(epochs * (i / (evaluations - 1)) ** 2) for i in range(evaluations)})
+
+
+def train(
+    work: Path,
+    seed: int,
+    net: str,
+    data: str,
+    mnist_dir: str,
+    n_train: int,
+    n_test: int,
+    epochs: int,
+    evaluations: int,
+    lr: float,
+    eta: float,
+):
+    """Train one network and measure it along the way; returns a long table.
+
+    SGD with momentum 0.9, weight decay 5e-4, batches of 64 and a cosine schedule to 1e-6, as in the authors' notebook. The
+    single steps that are looked at are plain gradient steps of size `eta`. A checkpoint after every evaluation
+    lets an interrupted run continue to the same numbers.
+    """
+    train_set, test_set = split(load(data, mnist_dir), n_train, n_test, seed)
+    few = Digits(*(part[of_each_class(test_set, 3).flatten()] for part in test_set))
+    model = network(net, seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=1e-6)
+    rows, start, checkpoint = [], 0, work / "checkpoint.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        rows, start = [tuple(row) for row in saved["rows"]], saved["epoch"]
+    looked_at = evaluation_epochs(epochs, evaluations)
+    for epoch in range(start, epochs + 1):
+        if epoch in looked_at and not (checkpoint.exists() and epoch == start):
+            rows += [(epoch, epoch * n_train, *row) for row in measure(model, train_set, test_set, few, eta)]
+            if epoch in (looked_at[0], looked_at[len(looked_at) // 2], looked_at[-1]):
+                rows += _proposition_rows(model, train_set, test_set, epoch, epoch * n_train)
+            save(checkpoint, model, optimizer, schedule, rows, epoch)
+        if epoch < epochs:
+            _one_epoch(model, optimizer, train_set, seed * 100_003 + epoch)
+            schedule.step()
+    return long(rows)
+
+
+def _proposition_rows(model, train_set, test_set, epoch: int, examples: int) -> list[tuple]:
+    observed = Digits(*(part[of_each_class(test_set, 1).flatten()] for part in test_set))
+    updates = Digits(*(part[of_each_class(train_set, 1).flatten()[[0, 4, 8]]] for part in train_set))
+    rows = []
+    for pair, eta, error, size in proposition_errors(model, parameters_of(model), observed, updates):
+        rows.append((epoch, examples, pair, f"eta_{eta:.0e}", "first_order_error", error))
+        rows.append((epoch, examples, pair, f"eta_{eta:.0e}", "change_norm", size))
+    return rows
+
+
+def save(path: Path, model, optimizer, schedule, rows, epoch: int) -> None:
+    """Write a checkpoint in one step, so that a kill never leaves half of one."""
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    torch.save(states | {"rows": [list(row) for row in rows], "epoch": epoch}, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def trained(model: nn.Module, train_set: Digits, lr: float, epochs: int) -> nn.Module:
+    """A network after a few epochs of SGD at a constant learning rate, for looking at by hand."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    for epoch in range(epochs):
+        _one_epoch(model, optimizer, train_set, epoch)
+    return model
+
+
+def _one_epoch(model, optimizer, train_set: Digits, shuffle_seed: int) -> None:
+    order = torch.randperm(len(train_set.labels), generator=torch.Generator().manual_seed(shuffle_seed))
+    for batch in order.split(64):
+        optimizer.zero_grad()
+        cross_entropy(model(train_set.images[batch]), train_set.labels[batch]).backward()
+        optimizer.step()
