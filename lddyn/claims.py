@@ -1,0 +1,101 @@
+"""Verdicts on the paper's claims, computed from records over seeds by rules written down in `book/claims.yml`."""
+
+import math
+import re
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+import yaml
+from scipy.stats import t
+
+from lddyn import InputError, evidence
+from lddyn.records import ROOT, Run
+
+LEDGER = ROOT / "book" / "claims.yml"
+VERDICTS = ("replicated", "partly", "not replicated", "not attempted")
+
+
+@cache
+def ledger() -> list[dict]:
+    """The claims of `book/claims.yml`; raises `InputError` naming the claim when one is not as the ledger requires."""
+    entries = yaml.safe_load(LEDGER.read_text())
+    for n, entry in enumerate(entries, 1):
+        where = f"{LEDGER.name}, claim {entry.get('id', f'number {n}')}"
+        missing = [k for k in ("id", "claim", "source", "paper") if k not in entry]
+        if missing or entry["id"] != n:
+            raise InputError(f"{where}: needs id (in order), claim, source, paper; missing {missing or 'order'}")
+        for part in entry.get("parts", []):
+            if not callable(getattr(evidence, part["statistic"], None)):
+                raise InputError(f"{where}: evidence.py has no statistic {part['statistic']!r}")
+            _rule(part["holds"], where)
+    return entries
+
+
+def _rule(text: str, where: str) -> tuple[float, float]:
+    """`> x`, `< x` or `in [x, y]` as an interval that the statistic must lie in."""
+    number = r"([-+.\deE]+)"
+    if match := re.fullmatch(rf"([<>]) {number}", text):
+        bound = float(match[2])
+        return (bound, math.inf) if match[1] == ">" else (-math.inf, bound)
+    if match := re.fullmatch(rf"in \[{number}, {number}\]", text):
+        return float(match[1]), float(match[2])
+    raise InputError(f"{where}: rule {text!r} is not '> x', '< x' or 'in [x, y]'")
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95% t-interval of the mean over seeds; infinitely wide for one seed."""
+    if len(values) < 2:
+        return -math.inf, math.inf
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def judge(part: Mapping, runs: list[Run]) -> dict:
+    """One part of a claim over seeds: `says, holds, ours, interval, outcome` (holds, fails or undecided).
+
+    The outcome is decided by the whole interval. An `exact` part (an identity) is judged by its worst seed.
+    """
+    values = np.array([getattr(evidence, part["statistic"])(r.table) for r in runs])
+    low, high = _rule(part["holds"], part["statistic"])
+    ours = float(values.max()) if part.get("exact") else float(values.mean())
+    a, b = (float(values.min()), ours) if part.get("exact") else interval(values)
+    outcome = "holds" if low <= a and b <= high else "fails" if b < low or a > high else "undecided"
+    return {
+        "says": part["says"],
+        "holds": part["holds"],
+        "ours": ours,
+        "interval": [a, b] if math.isfinite(a) else None,
+        "outcome": outcome,
+    }
+
+
+def verdicts(published: Mapping[str, dict]) -> list[dict]:
+    """A verdict for each claim. `published` maps a chapter to `{"scale": ..., "runs": [Run, ...]}`.
+
+    Replicated: every part holds. Not replicated: none does. Partly: some do.
+    """
+    entries = []
+    for entry in ledger():
+        shown = {k: entry[k] for k in ("id", "claim", "source", "paper")}
+        shown |= {"ours": None, "interval": None, "seeds": 0, "scale": None, "verdict": "not attempted", "parts": []}
+        chapter = published.get(entry.get("chapter"))
+        if "parts" not in entry:
+            shown["reason"] = "no experiment of this companion tests it yet"
+        elif not chapter:
+            shown["reason"] = f"no record: python -m lddyn run {entry['chapter']}"
+        else:
+            parts = [judge(part, chapter["runs"]) for part in entry["parts"]]
+            held = sum(part["outcome"] == "holds" for part in parts)
+            verdict = VERDICTS[0] if held == len(parts) else VERDICTS[1] if held else VERDICTS[2]
+            shown |= {"verdict": verdict, "parts": parts, "scale": chapter["scale"], "seeds": len(chapter["runs"])}
+            shown |= {k: parts[0][k] for k in ("ours", "interval")}
+            shown["reason"] = "; ".join(_sentence(part) for part in parts)
+        shown["chapter"] = entry.get("chapter")
+        entries.append(shown)
+    return entries
+
+
+def _sentence(part: Mapping) -> str:
+    spread = "one seed" if part["interval"] is None else "[{:.3g}, {:.3g}]".format(*part["interval"])
+    return f"{part['says']}: {part['ours']:.3g} {spread}, rule {part['holds']}: {part['outcome']}"
