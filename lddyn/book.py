@@ -1,0 +1,180 @@
+"""Build the book: execute what is stale, write the generated pages, render strictly."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from html import escape
+from pathlib import Path
+
+import yaml
+
+from lddyn import claims, display, records, runner, unknown
+
+BOOK = records.ROOT / "book"
+EXECUTED = BOOK / "notebooks"
+GENERATED = BOOK / "generated"
+SCALES = ("smoke", "laptop", "paper")
+
+
+def chapters() -> list[str]:
+    """The notebooks in the order of the table of contents."""
+    toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
+    files = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+    return [Path(f).stem for f in files if f.startswith("notebooks/")]
+
+
+def fingerprint(notebook: Path, scale: str) -> str:
+    """Hash of all that decides what an executed notebook shows: its source, the scale, the package and the versions."""
+    files = sorted(records.PACKAGE.glob("*.py")) + [claims.LEDGER]
+    parts = [notebook.read_text(), scale, *(f.read_text() for f in files)]
+    parts += [f"{name} {version}" for name, version in records.versions("lddyn.figures").items()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def execute(scale: str, force: bool) -> list[str]:
+    """Execute every stale notebook into the book; returns one line for each failure, and goes on after it."""
+    failures = []
+    for name in chapters():
+        source, out = runner.notebook_path(name), EXECUTED / f"{name}.ipynb"
+        now = fingerprint(source, scale)
+        if not force and out.exists() and _metadata(out).get("fingerprint") == now:
+            print(f"lddyn: {name} is fresh")
+            continue
+        runner.writable(out)
+        clock = time.perf_counter()
+        problem = runner.execute(source, runner.checked(source, {"scale": scale}), out)
+        if problem:
+            failures.append(f"{name}: {problem}")
+            continue
+        seconds = round(time.perf_counter() - clock, 1)
+        _stamp(out, {"fingerprint": now, "scale": scale, "seconds": seconds})
+        print(f"lddyn: {name} took {seconds} s at scale {scale}")
+    return failures
+
+
+def _metadata(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())["metadata"].get("lddyn", {})
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def _stamp(path: Path, entry: dict) -> None:
+    notebook = json.loads(path.read_text())
+    notebook["metadata"]["lddyn"] = entry
+    for cell in notebook["cells"]:
+        if "injected-parameters" in cell["metadata"].get("tags", []):
+            cell["metadata"]["tags"].append("remove-cell")
+    records.write_json(path, notebook)
+
+
+def published() -> dict[str, dict]:
+    """What the executed notebooks of the book show: chapter -> scale and runs; runs that are gone leave their chapter out."""
+    found = {}
+    for path in sorted(EXECUTED.glob("*.ipynb")):
+        if path.stem.endswith((".failed", ".running")):
+            continue
+        for cell in json.loads(path.read_text())["cells"]:
+            for output in cell.get("outputs", []):
+                bundle = output.get("data", {}).get(display.BUNDLE)
+                if bundle:
+                    runs = [records.runs_root() / name for name in bundle["runs"]]
+                    if all((folder / "table.parquet").exists() for folder in runs):
+                        found[bundle["chapter"]] = {
+                            "scale": bundle["scale"],
+                            "runs": [records.load(folder) for folder in runs],
+                        }
+    return found
+
+
+# --- generated pages ---------------------------------------------------------------------------------------
+
+
+def write_scorecard(entries: list[dict]) -> None:
+    """The page with every claim and its verdict."""
+    count = {v: sum(e["verdict"] == v for e in entries) for v in claims.VERDICTS}
+    counts = ", ".join(f"{n} {v}" for v, n in count.items())
+    page = f"""# Scorecard
+
+Every claim of the paper that a number can check, with the paper's value, this companion's value over seeds (95% interval),
+the rule that decides and the verdict: {counts}. The rules are in `book/claims.yml` and were written before the reported
+seeds were run; a verdict that is negative stays here. *Replicated*: every part of the claim holds; *partly*: some
+do; *not replicated*: none does, or the interval is too wide to say.
+
+```{{raw}} html
+{display.verdict_table(entries)}
+```
+"""
+    _write("scorecard.md", page)
+
+
+def write_status() -> None:
+    """The page with what was run, when, for how long and whether it is still fresh."""
+    executed = [(name, _metadata(EXECUTED / f"{name}.ipynb")) for name in chapters()]
+    lines = "\n".join(
+        f"| {name} | {m.get('scale', 'not run')} | {m.get('seconds', '-')} |" for name, m in executed
+    )
+    rows = "".join(
+        f"<tr><td><code>{escape(e['run'])}</code></td><td>{e['state']}</td><td>{e.get('seconds') or '-'}</td>"
+        f"<td>{escape((e.get('finished') or '')[:16].replace('T', ' '))}</td><td>{escape(e['why'])}</td></tr>"
+        for e in records.status()
+    )
+    head = "".join(f"<th>{h}</th>" for h in ("run", "state", "seconds", "finished (UTC)", "why"))
+    _write(
+        "status.md",
+        f"""# Status
+
+This page is written when the book is built.
+
+| chapter | scale | seconds to execute |
+|---|---|---|
+{lines}
+
+A run is *fresh* while the code that it reaches, its inputs and the versions of its libraries are unchanged;
+`python -m lddyn status` prints the same list.
+
+```{{raw}} html
+<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>
+```
+""",
+    )
+
+
+def _write(name: str, text: str) -> None:
+    GENERATED.mkdir(parents=True, exist_ok=True)
+    records.write_atomically(GENERATED / name, lambda p: p.write_text(text))
+
+
+# --- rendering ---------------------------------------------------------------------------------------------
+
+
+def build(scale: str, force: bool = False) -> int:
+    """What `make book` does. Returns the exit code: 0, or 1 when a notebook failed or the renderer warned."""
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
+    failures = execute(scale, force)
+    if failures:
+        for line in failures:
+            print(f"lddyn: {line}", file=sys.stderr)
+        return 1
+    write_scorecard(claims.verdicts(published()))
+    write_status()
+    return render()
+
+
+def render() -> int:
+    """Render the pages with Jupyter Book, warnings as errors; nothing is left over from an earlier build."""
+    index = BOOK / "_build" / "html" / "index.html"
+    shutil.rmtree(index.parent, ignore_errors=True)
+    start = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    options = ["build", str(BOOK), "-W", "-n", "--keep-going", "--all"]
+    done = subprocess.run([*start, *options], capture_output=True, text=True)
+    if done.returncode or not index.exists():
+        print(done.stdout[-4000:], done.stderr[-4000:], sep="\n", file=sys.stderr)
+        print("lddyn: the book did not build without warnings; they are listed above", file=sys.stderr)
+        return 1
+    print(index)
+    return 0

@@ -1,0 +1,63 @@
+"""What a chapter shows besides figures: the verdicts on its claims, and where its numbers come from."""
+
+from collections.abc import Iterable
+from html import escape
+
+import pandas as pd
+
+from lddyn import claims
+from lddyn.records import Run
+
+BUNDLE = "application/vnd.lddyn+json"  # read back from the executed notebook by `book.published`
+
+
+class Results:
+    """The verdicts of a chapter and the provenance of its runs; displayed as HTML, and as JSON for the scorecard."""
+
+    def __init__(self, chapter: str, scale: str, runs: list[Run]):
+        self.chapter, self.scale, self.runs = chapter, scale, runs
+
+    def verdicts(self) -> list[dict]:
+        entries = claims.verdicts({self.chapter: {"scale": self.scale, "runs": self.runs}})
+        return [e for e in entries if e["chapter"] == self.chapter]
+
+    def _repr_mimebundle_(self, **_) -> dict:
+        bundle = {"chapter": self.chapter, "scale": self.scale, "runs": [r.folder.name for r in self.runs]}
+        html = verdict_table(self.verdicts()) + provenance(self.runs, self.scale)
+        return {"text/html": html, BUNDLE: bundle, "text/plain": f"{self.chapter}: {len(self.runs)} runs"}
+
+
+def verdict_table(entries: Iterable[dict]) -> str:
+    """The verdicts as an HTML table: claim, the paper, this companion, verdict."""
+    rows = ""
+    for e in entries:
+        mark = e["verdict"].replace(" ", "-")
+        parts = "<br>".join(escape(claims._sentence(p)) for p in e["parts"]) or escape(e["reason"])
+        rows += (
+            f'<tr><td>{e["id"]}</td><td>{escape(e["claim"])}<br><small>{escape(e["source"])}</small></td>'
+            f'<td>{escape(e["paper"])}</td><td>{parts}</td><td class="verdict {mark}">{e["verdict"]}</td></tr>'
+        )
+    head = "".join(f"<th>{h}</th>" for h in ("#", "claim", "the paper", "this companion", "verdict"))
+    return f'<div class="scroll"><table class="claims"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def provenance(runs: list[Run], scale: str) -> str:
+    """One line under a result: scale, seeds, device, time, date and commit of the runs, from their manifests."""
+    manifests = [r.manifest for r in runs]
+    seeds = sorted({m["parameters"]["seed"] for m in manifests if "seed" in m["parameters"]})
+    versions = ", ".join(f"{k} {v}" for k, v in manifests[0]["versions"].items())
+    commit = manifests[0]["git"]["commit"] + ("+" if manifests[0]["git"]["dirty"] else "")
+    words = [
+        f"scale {scale}",
+        f"{len(seeds)} seeds ({', '.join(map(str, seeds))})",
+        f"{len(runs)} runs, {sum(m['seconds'] for m in manifests):.0f} CPU seconds on {manifests[0]['machine']}",
+        f"finished {max(m['finished'] for m in manifests)[:16].replace('T', ' ')} UTC",
+        versions,
+        f"commit {commit or 'unknown'}",
+    ]
+    return f'<p class="provenance">{escape(" · ".join(words))}</p>'
+
+
+def table(frame: pd.DataFrame, digits: int = 3) -> str:
+    """A data frame as HTML with escaped text and rounded numbers."""
+    return f'<div class="scroll">{frame.to_html(float_format=lambda v: f"{v:.{digits}g}", border=0)}</div>'
