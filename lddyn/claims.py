@@ -54,13 +54,16 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def judge(part: Mapping, runs: list[Run]) -> dict:
     """One part of a claim over seeds: `says, holds, ours, interval, outcome` (holds, fails or undecided).
 
-    The outcome is decided by the whole interval. An `exact` part (an identity) is judged by its worst seed.
+    The outcome is decided by the whole interval; for an `exact` part (an identity), by every single seed.
     """
     values = np.array([getattr(evidence, part["statistic"])(r.table) for r in runs])
     low, high = _rule(part["holds"], part["statistic"])
-    ours = float(values.max()) if part.get("exact") else float(values.mean())
-    a, b = (float(values.min()), ours) if part.get("exact") else interval(values)
-    outcome = "holds" if low <= a and b <= high else "fails" if b < low or a > high else "undecided"
+    if part.get("exact"):
+        ours, (a, b) = float(values.max()), (float(values.min()), float(values.max()))
+        outcome = "holds" if low <= a and b <= high else "fails"
+    else:
+        ours, (a, b) = float(values.mean()), interval(values)
+        outcome = "holds" if low <= a and b <= high else "fails" if b < low or a > high else "undecided"
     return {
         "says": part["says"],
         "holds": part["holds"],
@@ -78,7 +81,14 @@ def verdicts(published: Mapping[str, dict]) -> list[dict]:
     entries = []
     for entry in ledger():
         shown = {k: entry[k] for k in ("id", "claim", "source", "paper")}
-        shown |= {"ours": None, "interval": None, "seeds": 0, "scale": None, "verdict": "not attempted", "parts": []}
+        shown |= {
+            "ours": None,
+            "interval": None,
+            "seeds": 0,
+            "scale": None,
+            "verdict": "not attempted",
+            "parts": [],
+        }
         chapter = published.get(entry.get("chapter"))
         if "parts" not in entry:
             shown["reason"] = "no experiment of this companion tests it yet"
@@ -88,7 +98,12 @@ def verdicts(published: Mapping[str, dict]) -> list[dict]:
             parts = [judge(part, chapter["runs"]) for part in entry["parts"]]
             held = sum(part["outcome"] == "holds" for part in parts)
             verdict = VERDICTS[0] if held == len(parts) else VERDICTS[1] if held else VERDICTS[2]
-            shown |= {"verdict": verdict, "parts": parts, "scale": chapter["scale"], "seeds": len(chapter["runs"])}
+            shown |= {
+                "verdict": verdict,
+                "parts": parts,
+                "scale": chapter["scale"],
+                "seeds": len(chapter["runs"]),
+            }
             shown |= {k: parts[0][k] for k in ("ours", "interval")}
             shown["reason"] = "; ".join(_sentence(part) for part in parts)
         shown["chapter"] = entry.get("chapter")

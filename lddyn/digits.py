@@ -151,7 +151,9 @@ def network(net: str, seed: int) -> nn.Module:
         head = [nn.Linear(400, 60), nn.Tanh(), nn.Linear(60, 42), nn.Tanh(), nn.Linear(42, CLASSES)]
         return nn.Sequential(*features, *head)
     if net == "mlp":
-        return nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+        )
     raise unknown("net", net, ["lenet", "mlp"])
 
 
@@ -203,7 +205,7 @@ def one_step_changes(model, parameters, train: Digits, test: Digits, eta: float)
 
 
 def factors(model, parameters, digits: Digits) -> tuple[Tensor, Tensor, Tensor]:
-    """A (n, V, V), K (n, n, V, V) and G (n, V) over a few images, each as observed x_o (rows) and update x_u (columns)."""
+    """A (n, V, V), K (n, n, V, V) and G (n, V) over a few images, as observed (rows) and update (columns)."""
     jacobian = influence.jacobians(partial(logits, model), parameters, digits.images)
     p = functional_call(model, parameters, (digits.images,)).softmax(-1)
     return influence.normalization(p), influence.entk(jacobian, jacobian), residuals.sft(p, digits.labels)
@@ -302,9 +304,9 @@ def train(
 ):
     """Train one network and measure it along the way; returns a long table.
 
-    SGD with momentum 0.9, weight decay 5e-4, batches of 64 and a cosine schedule to 1e-6, as in the authors' notebook. The
-    single steps that are looked at are plain gradient steps of size `eta`. A checkpoint after every evaluation
-    lets an interrupted run continue to the same numbers.
+    SGD with momentum 0.9, weight decay 5e-4, batches of 64 and a cosine schedule to 1e-6, as in the authors'
+    notebook. The single steps that are looked at are plain gradient steps of size `eta`. A checkpoint after every
+    evaluation lets an interrupted run continue to the same numbers.
     """
     train_set, test_set = split(load(data, mnist_dir), n_train, n_test, seed)
     few = Digits(*(part[of_each_class(test_set, 3).flatten()] for part in test_set))
@@ -343,7 +345,11 @@ def _proposition_rows(model, train_set, test_set, epoch: int, examples: int) -> 
 
 def save(path: Path, model, optimizer, schedule, rows, epoch: int) -> None:
     """Write a checkpoint in one step, so that a kill never leaves half of one."""
-    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    states = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+    }
     torch.save(states | {"rows": [list(row) for row in rows], "epoch": epoch}, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 

@@ -34,11 +34,13 @@ def verdict_table(entries: Iterable[dict]) -> str:
         mark = e["verdict"].replace(" ", "-")
         parts = "<br>".join(escape(claims._sentence(p)) for p in e["parts"]) or escape(e["reason"])
         rows += (
-            f'<tr><td>{e["id"]}</td><td>{escape(e["claim"])}<br><small>{escape(e["source"])}</small></td>'
+            f"<tr><td>{e['id']}</td><td>{escape(e['claim'])}<br><small>{escape(e['source'])}</small></td>"
             f'<td>{escape(e["paper"])}</td><td>{parts}</td><td class="verdict {mark}">{e["verdict"]}</td></tr>'
         )
     head = "".join(f"<th>{h}</th>" for h in ("#", "claim", "the paper", "this companion", "verdict"))
-    return f'<div class="scroll"><table class="claims"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table class="claims"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )
 
 
 def provenance(runs: list[Run], scale: str) -> str:

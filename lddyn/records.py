@@ -14,6 +14,7 @@ import ast
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -83,32 +84,43 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 
 
 @cache
+def _source(module: str) -> tuple[ast.Module, str] | None:
+    """Syntax tree and hash of a module's file, docstrings left out; None when there is no such module."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        return None
+    tree = ast.parse(Path(spec.origin).read_text())
+    return tree, hashlib.sha256(ast.dump(_without_docstrings(tree)).encode()).hexdigest()
+
+
+@cache
 def code_hashes(module: str) -> dict[str, str]:
-    """Hash of `lddyn.<module>` and of every module of this package that it imports, directly or not.
+    """Hash of a module and of every module of this package that it imports, directly or not.
 
     The syntax tree is hashed, without docstrings: rewording a comment does not make a result stale.
     """
     hashes, todo = {}, {module}
     while todo:
         name = todo.pop()
-        path = PACKAGE / (name.removeprefix("lddyn.").replace(".", "/") + ".py")
-        if name in hashes or not name.startswith("lddyn.") or not path.exists():
-            continue
-        tree = ast.parse(path.read_text())
-        todo |= _imports(tree)
-        hashes[name] = hashlib.sha256(ast.dump(_without_docstrings(tree)).encode()).hexdigest()
+        source = _source(name)
+        if source and name not in hashes:
+            hashes[name] = source[1]
+            todo |= {i for i in _imports(source[0]) if i.startswith("lddyn.")}
     return dict(sorted(hashes.items()))
 
 
 @cache
 def versions(module: str) -> dict[str, str]:
     """Versions of Python and of the numerical libraries that a module's code imports."""
-    trees = [ast.parse((PACKAGE / f"{name.split('.')[1]}.py").read_text()) for name in code_hashes(module)]
-    used = {name.split(".")[0] for tree in trees for name in _imports(tree)} | {"numpy"}
-    known = {"sklearn": "scikit-learn"} | {
-        name: name for name in ("numpy", "torch", "scipy", "transformers", "trl", "tokenizers", "peft")
+    used = {name.split(".")[0] for m in code_hashes(module) for name in _imports(_source(m)[0])}
+    found = {
+        name: importlib.metadata.version("scikit-learn" if name == "sklearn" else name)
+        for name in ("numpy", "peft", "scipy", "sklearn", "tokenizers", "torch", "transformers", "trl")
+        if name in used
     }
-    found = {known[name]: importlib.metadata.version(known[name]) for name in sorted(used & set(known))}
     return {"python": ".".join(platform.python_version_tuple()[:2])} | found
 
 
@@ -375,7 +387,8 @@ def frame(runs: Iterable[Run], *columns: str) -> pd.DataFrame:
     """The tables of several runs in one, with a column for each of the named parameters (`seed` first)."""
     names = ["seed", *columns]
     return pd.concat(
-        [r.table.assign(**{c: r.manifest["parameters"].get(c) for c in names}) for r in runs], ignore_index=True
+        [r.table.assign(**{c: r.manifest["parameters"].get(c) for c in names}) for r in runs],
+        ignore_index=True,
     )
 
 
@@ -395,7 +408,10 @@ def status(root: Path | None = None) -> list[dict]:
                 entry |= {"state": "stale", "why": ", ".join(changed)}
             elif not manifest["finished"]:
                 running = _is_locked(path.parent)
-                entry |= {"state": "running" if running else "unfinished", "why": f"since {manifest['started']}"}
+                entry |= {
+                    "state": "running" if running else "unfinished",
+                    "why": f"since {manifest['started']}",
+                }
             elif file_hash(path.parent / "table.parquet") != manifest["table_sha256"]:
                 entry |= {"state": "damaged", "why": "table.parquet differs from the manifest's hash"}
         except (OSError, ValueError, KeyError) as error:
@@ -412,4 +428,3 @@ def _is_locked(folder: Path) -> bool:
         return True
     lock.release()
     return False
-

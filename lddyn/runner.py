@@ -92,7 +92,7 @@ def notebook_path(name: str) -> Path:
 
 
 def parameters(notebook: Path) -> dict[str, Parameter]:
-    """Read the parameters cell of a notebook; raise `InputError` when it has none or a line is not as described above."""
+    """Read the parameters cell of a notebook; raise `InputError` when it has none or a line is malformed."""
     try:
         cells = json.loads(notebook.read_text())["cells"]
     except (OSError, ValueError, KeyError) as error:
@@ -109,7 +109,9 @@ def parameters(notebook: Path) -> dict[str, Parameter]:
     found = {}
     for node in ast.parse(source).body:
         if not isinstance(node, ast.AnnAssign):
-            raise InputError(f"{notebook}: parameters cell, line {node.lineno}: expected `name: type = default  # comment`")
+            raise InputError(
+                f"{notebook}: parameters cell, line {node.lineno}: expected `name: type = default  # comment`"
+            )
         kind = ast.unparse(node.annotation)
         comment = comments.get(node.end_lineno, "")
         allowed = re.match(r"[\[({][^\])}]*[\])}]", comment)
@@ -125,7 +127,7 @@ def parameters(notebook: Path) -> dict[str, Parameter]:
 
 
 def read_yaml(path: Path) -> dict:
-    """Read a parameter file. A number such as `5e-7`, which YAML takes for text, is converted by the parameter's type."""
+    """Read a parameter file. (YAML takes `5e-7` for text; the parameter's type mends that.)"""
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -136,7 +138,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def checked(notebook: Path, values: Mapping[str, object]) -> dict[str, object]:
-    """Check names, types and ranges; return values as Python objects. Raises `InputError` naming the first that is wrong."""
+    """Values as Python objects, names, types and ranges checked; `InputError` names the first that is wrong."""
     known = parameters(notebook)
     for name in values:
         if name not in known:
@@ -201,8 +203,15 @@ def _failing_cell(path: Path, error: Exception) -> str:
     return f"cell {index} failed: {message}" if index else message
 
 
-def run(name: str, words: list[tuple[str, str]], scale: str | None, params: Path | None, out: Path | None, timeout=None):
-    """What `python -m lddyn run` does. Returns the exit code; raises `InputError` (exit code 2) before anything starts."""
+def run(
+    name: str,
+    words: list[tuple[str, str]],
+    scale: str | None,
+    params: Path | None,
+    out: Path | None,
+    timeout=None,
+):
+    """What `python -m lddyn run` does. Returns the exit code; raises `InputError` before anything starts."""
     source = notebook_path(name)
     values = read_yaml(params) if params else {}
     values |= {"scale": scale} if scale else {}
