@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from lddyn import claims, display, records, runner, unknown
+from lddyn import claims, display, figures, records, runner, unknown
 
 BOOK = records.ROOT / "book"
 EXECUTED = BOOK / "notebooks"
@@ -28,7 +29,7 @@ def chapters() -> list[str]:
 
 def fingerprint(notebook: Path, scale: str) -> str:
     """Hash of all that decides what an executed notebook shows: its source, the scale, the package and the versions."""
-    files = sorted(records.PACKAGE.glob("*.py")) + [claims.LEDGER]
+    files = [*sorted(records.PACKAGE.glob("*.py")), claims.LEDGER]
     parts = [notebook.read_text(), scale, *(f.read_text() for f in files)]
     parts += [f"{name} {version}" for name, version in records.versions("lddyn.figures").items()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -65,14 +66,16 @@ def _metadata(path: Path) -> dict:
 def _stamp(path: Path, entry: dict) -> None:
     notebook = json.loads(path.read_text())
     notebook["metadata"]["lddyn"] = entry
+    notebook["metadata"].pop("papermill", None)  # paths of this machine
     for cell in notebook["cells"]:
         if "injected-parameters" in cell["metadata"].get("tags", []):
             cell["metadata"]["tags"].append("remove-cell")
+        cell["metadata"].pop("papermill", None)
     records.write_json(path, notebook)
 
 
 def published() -> dict[str, dict]:
-    """What the executed notebooks of the book show: chapter -> scale and runs; runs that are gone leave their chapter out."""
+    """What the executed notebooks show: chapter -> scale and runs. A chapter whose runs are gone is left out."""
     found = {}
     for path in sorted(EXECUTED.glob("*.ipynb")):
         if path.stem.endswith((".failed", ".running")):
@@ -93,16 +96,26 @@ def published() -> dict[str, dict]:
 # --- generated pages ---------------------------------------------------------------------------------------
 
 
+def write_hero(shown: dict[str, dict]) -> None:
+    """The figure of the first page."""
+    figures.use_style()
+    figure = figures.hero(records.frame(shown["01_mnist"]["runs"]))
+    GENERATED.mkdir(parents=True, exist_ok=True)
+    records.write_atomically(
+        GENERATED / "hero.svg", lambda p: figure.savefig(p, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    )
+
+
 def write_scorecard(entries: list[dict]) -> None:
     """The page with every claim and its verdict."""
     count = {v: sum(e["verdict"] == v for e in entries) for v in claims.VERDICTS}
     counts = ", ".join(f"{n} {v}" for v, n in count.items())
     page = f"""# Scorecard
 
-Every claim of the paper that a number can check, with the paper's value, this companion's value over seeds (95% interval),
-the rule that decides and the verdict: {counts}. The rules are in `book/claims.yml` and were written before the reported
-seeds were run; a verdict that is negative stays here. *Replicated*: every part of the claim holds; *partly*: some
-do; *not replicated*: none does, or the interval is too wide to say.
+Every claim of the paper that a number can check, with the paper's value, this companion's value over seeds
+(95% interval), the rule that decides and the verdict: {counts}. The rules are in `book/claims.yml` and were
+written before the reported seeds were run; a verdict that is negative stays here. *Replicated*: every part of the
+claim holds; *partly*: some do; *not replicated*: none does, or the interval is too wide to say.
 
 ```{{raw}} html
 {display.verdict_table(entries)}
@@ -114,9 +127,7 @@ do; *not replicated*: none does, or the interval is too wide to say.
 def write_status() -> None:
     """The page with what was run, when, for how long and whether it is still fresh."""
     executed = [(name, _metadata(EXECUTED / f"{name}.ipynb")) for name in chapters()]
-    lines = "\n".join(
-        f"| {name} | {m.get('scale', 'not run')} | {m.get('seconds', '-')} |" for name, m in executed
-    )
+    lines = "\n".join(f"| {name} | {m.get('scale', 'not run')} | {m.get('seconds', '-')} |" for name, m in executed)
     rows = "".join(
         f"<tr><td><code>{escape(e['run'])}</code></td><td>{e['state']}</td><td>{e.get('seconds') or '-'}</td>"
         f"<td>{escape((e.get('finished') or '')[:16].replace('T', ' '))}</td><td>{escape(e['why'])}</td></tr>"
@@ -160,7 +171,9 @@ def build(scale: str, force: bool = False) -> int:
         for line in failures:
             print(f"lddyn: {line}", file=sys.stderr)
         return 1
-    write_scorecard(claims.verdicts(published()))
+    shown = published()
+    write_hero(shown)
+    write_scorecard(claims.verdicts(shown))
     write_status()
     return render()
 
@@ -173,8 +186,9 @@ def render() -> int:
     options = ["build", str(BOOK), "-W", "-n", "--keep-going", "--all"]
     done = subprocess.run([*start, *options], capture_output=True, text=True)
     if done.returncode or not index.exists():
-        print(done.stdout[-4000:], done.stderr[-4000:], sep="\n", file=sys.stderr)
-        print("lddyn: the book did not build without warnings; they are listed above", file=sys.stderr)
+        lines = (done.stdout + done.stderr).splitlines()
+        told = [line for line in lines if re.search("WARNING|ERROR|Error", line)] or lines[-20:]
+        print(*told, "lddyn: the book did not build without warnings", sep="\n", file=sys.stderr)
         return 1
     print(index)
     return 0

@@ -1,0 +1,32 @@
+"""Binder and Colab buttons, when it is known where the repository lives: on GitHub Actions, or from the git remote."""
+
+import os
+import re
+import subprocess
+
+
+def _repository() -> str | None:
+    if os.environ.get("GITHUB_REPOSITORY"):
+        return os.environ["GITHUB_REPOSITORY"]
+    done = subprocess.run(["git", "remote", "get-url", "origin"], capture_output=True, text=True)
+    found = re.search(r"github\.com[:/]([^/]+/[^/]+?)(\.git)?\s*$", done.stdout)
+    return found[1] if found else None
+
+
+def _configure(app, config):
+    if repository := _repository():
+        config.html_theme_options |= {
+            "repository_url": f"https://github.com/{repository}",
+            "repository_branch": "main",
+            "path_to_docs": "",  # the sources of the notebooks lie in notebooks/, not in book/
+            "use_repository_button": True,
+            "launch_buttons": {
+                "binderhub_url": "https://mybinder.org",
+                "colab_url": "https://colab.research.google.com",
+            },
+        }
+
+
+def setup(app):
+    app.connect("config-inited", _configure)
+    return {"parallel_read_safe": True}
