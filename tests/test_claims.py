@@ -1,0 +1,68 @@
+import json
+
+import numpy as np
+import pytest
+
+from lddyn import InputError, claims, evidence, records
+from lddyn.__main__ import main
+from lddyn.records import Run
+
+
+def runs_with(values):
+    table = records.long([(0, 0, "p", "all", "lbk_share_max", v) for v in [0.1]])
+    return [Run(None, table.assign(value=v), {"parameters": {"seed": i}}) for i, v in enumerate(values)]
+
+
+def part(holds, **more):
+    return {"statistic": "lbk_share", "holds": holds, "says": "share", **more}
+
+
+def test_every_claim_of_the_paper_is_listed_once_and_in_order():
+    assert [entry["id"] for entry in claims.ledger()] == list(range(1, 50))
+
+
+def test_every_statistic_has_a_docstring_that_says_what_it_is():
+    names = {p["statistic"] for entry in claims.ledger() for p in entry.get("parts", [])}
+    assert all(getattr(evidence, name).__doc__ for name in names)
+
+
+@pytest.mark.parametrize(
+    ("values", "holds", "outcome"),
+    [
+        ([1.0, 1.1, 0.9], "> 0", "holds"),
+        ([1.0, 1.1, 0.9], "< 0", "fails"),
+        ([-1.0, 1.0, 0.5], "> 0", "undecided"),
+        ([1.0], "> 0", "undecided"),
+        ([1.0, 1.01, 0.99], "in [0.9, 1.1]", "holds"),
+    ],
+)
+def test_the_whole_interval_decides(values, holds, outcome):
+    assert claims.judge(part(holds), runs_with(values))["outcome"] == outcome
+
+
+def test_an_identity_is_judged_by_its_worst_seed():
+    assert claims.judge(part("< 1", exact=True), runs_with([0.1, 0.2, 3.0]))["outcome"] == "fails"
+
+
+def test_interval_is_the_t_interval_of_the_mean():
+    low, high = claims.interval(np.array([1.0, 2.0, 3.0]))
+    assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["above 0", "> x", "in (0, 1)"])
+def test_a_rule_that_cannot_be_read_is_refused(rule):
+    with pytest.raises(InputError, match="is not '> x'"):
+        claims.judge(part(rule), runs_with([1.0, 2.0]))
+
+
+def test_a_claim_without_records_is_not_attempted_and_says_what_to_run():
+    entry = claims.verdicts({})[0]
+    assert entry["verdict"] == "not attempted" and entry["reason"].startswith("no record: python -m lddyn run 01_mnist")
+
+
+def test_json_has_the_promised_fields(capsys):
+    assert main(["claims", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    promised = {"id", "claim", "source", "paper", "ours", "interval", "seeds", "scale", "verdict", "reason"}
+    assert len(entries) == 49 and all(promised <= entry.keys() for entry in entries)
+    assert {entry["verdict"] for entry in entries} <= set(claims.VERDICTS)

@@ -1,0 +1,177 @@
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lddyn import digits, records
+from lddyn.records import COLUMNS, RecordError
+
+CALLS = []
+
+
+def double(work: Path, seed: int, factor: float = 2.0) -> pd.DataFrame:
+    CALLS.append(seed)
+    return records.long([(step, step, "p", "chosen", "value", factor * seed * step) for step in range(3)])
+
+
+def prob_above_one(work: Path, seed: int) -> pd.DataFrame:
+    return records.long([(0, 0, "p", "chosen", "prob", 1.5)])
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDDYN_RUNS", str(tmp_path / "runs"))
+    CALLS.clear()
+
+
+def test_same_parameters_are_read_and_not_run_again():
+    first = records.run(double, {"seed": 3})
+    again = records.run(double, {"seed": 3})
+    assert CALLS == [3]
+    assert again.table.equals(first.table)
+    records.run(double, {"seed": 3, "factor": 1.0})
+    assert CALLS == [3, 3]
+
+
+def test_changed_code_runs_again_and_status_names_what_changed(monkeypatch):
+    records.run(double, {"seed": 1})
+    hashes = records.code_hashes
+    monkeypatch.setattr(records, "code_hashes", lambda m: {**hashes(m), "lddyn.digits": "other"})
+    entry = records.status()[0]
+    assert entry["state"] == "stale" and entry["why"] == "code lddyn.digits"
+    records.run(double, {"seed": 1})
+    assert CALLS == [1, 1]
+
+
+def test_reworded_docstring_or_comment_does_not_make_a_run_stale():
+    import ast
+
+    def digest(source: str) -> str:
+        return ast.dump(records._without_docstrings(ast.parse(source)))
+
+    assert digest('def f(x):\n    """One."""\n    return x') == digest('def f(x):\n    "Two."  # why\n    return x')
+    assert digest("def f(x):\n    return x") != digest("def f(x):\n    return -x")
+
+
+def test_changed_input_file_counts_by_content(tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text("a")
+    records.run(double, {"seed": 1}, {"data": data})
+    data.rename(tmp_path / "moved.txt")
+    records.run(double, {"seed": 1}, {"data": tmp_path / "moved.txt"})
+    assert CALLS == [1]
+    (tmp_path / "moved.txt").write_text("b")
+    records.run(double, {"seed": 1}, {"data": tmp_path / "moved.txt"})
+    assert CALLS == [1, 1]
+
+
+def test_damaged_table_is_named_on_load_and_computed_again_on_run(capsys):
+    run = records.run(double, {"seed": 1})
+    table = run.folder / "table.parquet"
+    table.write_bytes(table.read_bytes()[:-20])
+    with pytest.raises(RecordError, match=r"table\.parquet is damaged"):
+        records.load(run.folder)
+    assert records.status()[0]["state"] == "damaged"
+    assert records.run(double, {"seed": 1}).table.equals(run.table)
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_unreadable_manifest_is_one_line():
+    run = records.run(double, {"seed": 1})
+    (run.folder / "manifest.json").write_text("{")
+    with pytest.raises(RecordError, match="unreadable record"):
+        records.load(run.folder)
+
+
+def test_unwritable_folder_is_said_before_anything_is_computed(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LDDYN_RUNS", str(tmp_path / "file" / "runs"))
+    with pytest.raises(RecordError, match="cannot write in"):
+        records.run(double, {"seed": 1})
+    assert CALLS == []
+
+
+def test_full_disk_is_one_line_and_what_was_there_stays(tmp_path):
+    path = tmp_path / "big"
+    path.write_text("old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(RecordError, match=r"cannot write .*big"):
+            records.write_atomically(path, lambda p: p.write_bytes(b"x" * 5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_that_breaks_an_invariant_is_not_stored():
+    with pytest.raises(RecordError, match=r"prob leaves \[0, 1\]"):
+        records.run(prob_above_one, {"seed": 0})
+    assert records.status()[0]["state"] == "unfinished"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(0, 0, "p", "chosen", "nll", float("nan"))], "is nan"),
+        ([(0, 0, "p", "chosen", "logp_sum", 1.0)], "above zero"),
+        (
+            [(0, 0, "p", "chosen", "logp_sum", -1.0), (0, 0, "p", "chosen", "argmax_logp_sum", -2.0)],
+            "same path",
+        ),
+        ([(0, 0, "p", "chosen", "nll", 1.0), (1, 1, "q", "chosen", "nll", 1.0)], "different prompts"),
+    ],
+)
+def test_invariants_are_checked(rows, message):
+    with pytest.raises(RecordError, match=message):
+        records.check(records.long(rows))
+
+
+def test_positional_columns_are_refused():
+    with pytest.raises(RecordError, match="columns are"):
+        records.check(pd.DataFrame([[1, 2]], columns=["a", "b"]))
+    assert COLUMNS == ["step", "examples", "prompt_id", "response_type", "metric", "value"]
+
+
+def test_one_failing_run_does_not_throw_away_the_others():
+    with pytest.raises(TypeError):
+        records.run_all(double, [{"seed": 1}, {"wrong": 2}, {"seed": 3}], workers=2)
+    finished = [e for e in records.status() if e["state"] == "fresh"]
+    assert sorted(e["parameters"]["seed"] for e in finished) == [1, 3]
+
+
+SMALL = {
+    "seed": 0, "net": "mlp", "data": "digits", "mnist_dir": "", "n_train": 200, "n_test": 300,
+    "epochs": 60, "evaluations": 30, "lr": 0.03, "eta": 0.01,
+}  # fmt: skip
+SCRIPT = f"from lddyn import digits, records\nif __name__ == '__main__': records.run(digits.train, {SMALL})"
+
+
+def test_killed_training_resumes_to_the_numbers_of_an_uninterrupted_run(tmp_path, monkeypatch):
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 60
+    while not list((tmp_path / "runs").glob("*/work/checkpoint.pt")) and time.time() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert [e["state"] for e in records.status()] == ["unfinished"]
+    resumed = records.run(digits.train, SMALL)
+    assert resumed.manifest["resumed"]
+    whole = records.run(digits.train, SMALL, root=tmp_path / "other")
+    assert not whole.manifest["resumed"]
+    pd.testing.assert_frame_equal(resumed.table, whole.table, check_exact=True)
+
+
+def test_two_processes_that_ask_for_one_run_compute_it_once(tmp_path):
+    script = SCRIPT.replace("'epochs': 60", "'epochs': 10")
+    processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
+    assert [p.wait(120) for p in processes] == [0, 0]
+    assert [e["state"] for e in records.status()] == ["fresh"]
+    assert len(list((tmp_path / "runs").glob("digits.train-*/table.parquet"))) == 1
