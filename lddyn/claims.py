@@ -2,15 +2,16 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import yaml
 from scipy.stats import t
 
 from lddyn import InputError, evidence
-from lddyn.records import ROOT, Run
+from lddyn.records import ROOT, Run, frame
 
 LEDGER = ROOT / "book" / "claims.yml"
 VERDICTS = ("replicated", "partly", "not replicated", "not attempted")
@@ -51,12 +52,18 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def judge(part: Mapping, runs: list[Run]) -> dict:
+def by_seed(runs: Sequence[Run]) -> list[pd.DataFrame]:
+    """The runs' tables, joined for each seed."""
+    return [table for _, table in frame(runs).groupby("seed")]
+
+
+def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
     """One part of a claim over seeds: `says, holds, ours, interval, outcome` (holds, fails or undecided).
 
     The outcome is decided by the whole interval; for an `exact` part (an identity), by every single seed.
     """
-    values = np.array([getattr(evidence, part["statistic"])(r.table) for r in runs])
+    statistic = getattr(evidence, part["statistic"])
+    values = np.array([statistic(table) for table in tables])
     low, high = _rule(part["holds"], part["statistic"])
     if part.get("exact"):
         ours, (a, b) = float(values.max()), (float(values.min()), float(values.max()))
@@ -78,7 +85,7 @@ def verdicts(published: Mapping[str, dict]) -> list[dict]:
 
     Replicated: every part holds. Not replicated: none does. Partly: some do.
     """
-    entries = []
+    entries, tables_of = [], {}
     for entry in ledger():
         shown = {k: entry[k] for k in ("id", "claim", "source", "paper")}
         shown |= {
@@ -95,14 +102,16 @@ def verdicts(published: Mapping[str, dict]) -> list[dict]:
         elif not chapter:
             shown["reason"] = f"no record: python -m lddyn run {entry['chapter']}"
         else:
-            parts = [judge(part, chapter["runs"]) for part in entry["parts"]]
+            tables = tables_of.get(entry["chapter"]) or by_seed(chapter["runs"])
+            tables_of[entry["chapter"]] = tables
+            parts = [judge(part, tables) for part in entry["parts"]]
             held = sum(part["outcome"] == "holds" for part in parts)
             verdict = VERDICTS[0] if held == len(parts) else VERDICTS[1] if held else VERDICTS[2]
             shown |= {
                 "verdict": verdict,
                 "parts": parts,
                 "scale": chapter["scale"],
-                "seeds": len(chapter["runs"]),
+                "seeds": len(tables),
             }
             shown |= {k: parts[0][k] for k in ("ours", "interval")}
             shown["reason"] = "; ".join(_sentence(part) for part in parts)

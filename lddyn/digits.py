@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, interpolate, pad
 
 from lddyn import InputError, influence, residuals, unknown
-from lddyn.records import long
+from lddyn.records import dense_early, long
 
 CLASSES = 10
 SCALES = {
@@ -284,11 +284,6 @@ def measure(model, train: Digits, test: Digits, few: Digits, eta: float) -> list
 # --- one run -----------------------------------------------------------------------------------------------
 
 
-def evaluation_epochs(epochs: int, evaluations: int) -> list[int]:
-    """Epochs at which the network is looked at: 0, the last, and denser at the start, where most happens."""
-    return sorted({round(epochs * (i / (evaluations - 1)) ** 2) for i in range(evaluations)})
-
-
 def train(
     work: Path,
     seed: int,
@@ -320,7 +315,7 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         rows, start = [tuple(row) for row in saved["rows"]], saved["epoch"]
-    looked_at = evaluation_epochs(epochs, evaluations)
+    looked_at = dense_early(epochs, evaluations)
     for epoch in range(start, epochs + 1):
         if epoch in looked_at and not (checkpoint.exists() and epoch == start):
             rows += [(epoch, epoch * n_train, *row) for row in measure(model, train_set, test_set, few, eta)]

@@ -22,7 +22,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import cache
@@ -124,7 +124,9 @@ def versions(module: str) -> dict[str, str]:
     return {"python": ".".join(platform.python_version_tuple()[:2])} | found
 
 
-def _git() -> dict:
+def git_state() -> dict:
+    """Commit of the working tree, and whether it has uncommitted changes."""
+
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
@@ -132,6 +134,11 @@ def _git() -> dict:
     with contextlib.suppress(OSError):
         return {"commit": git("rev-parse", "--short", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     return {"commit": "", "dirty": False}
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def describe(function: Callable, parameters: Mapping, inputs: Mapping[str, Path]) -> dict:
@@ -255,9 +262,19 @@ def load(folder: Path | str) -> Run:
 
 
 def long(rows: Iterable[tuple]) -> pd.DataFrame:
-    """Build a table from tuples in the order of `COLUMNS`."""
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.astype({"step": "int64", "examples": "int64", "value": "float64"})
+    """A table from tuples in the order of `COLUMNS`."""
+    return compact(pd.DataFrame(rows, columns=COLUMNS))
+
+
+def dense_early(last: int, count: int) -> list[int]:
+    """At most `count` times from 0 to `last`, both included, quadratically denser at the start, where most happens."""
+    return sorted({round(last * (i / (count - 1)) ** 2) for i in range(count)})
+
+
+def compact(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns in order and with their types; names are stored once (categories)."""
+    numbers = {"step": "int64", "examples": "int64", "value": "float64"}
+    return table[COLUMNS].astype(numbers | dict.fromkeys(["prompt_id", "response_type", "metric"], "category"))
 
 
 # --- running -----------------------------------------------------------------------------------------------
@@ -321,9 +338,9 @@ def _compute(function, parameters, description, folder: Path, threads) -> Run:
     manifest = {
         "format": 1,
         **description,
-        "git": _git(),
+        "git": git_state(),
         "platform": platform.platform(terse=True),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": now(),
         "finished": None,
         "resumed": resumed,
     }
@@ -337,7 +354,7 @@ def _compute(function, parameters, description, folder: Path, threads) -> Run:
         raise RecordError(f"{folder}: the run broke an invariant: {error}") from error
     write_atomically(folder / "table.parquet", lambda p: table.to_parquet(p, index=False))
     manifest |= {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": now(),
         "seconds": round(time.perf_counter() - clock, 2),
         "peak_memory_mb": peak_memory_mb(),
         "rows": len(table),
@@ -383,13 +400,16 @@ def _one_thread() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def frame(runs: Iterable[Run], *columns: str) -> pd.DataFrame:
-    """The tables of several runs in one, with a column for each of the named parameters (`seed` first)."""
-    names = ["seed", *columns]
-    return pd.concat(
-        [r.table.assign(**{c: r.manifest["parameters"].get(c) for c in names}) for r in runs],
-        ignore_index=True,
-    )
+def frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """The tables of several runs in one, with a column `seed` and one for each parameter in which the runs differ."""
+    parameters = pd.DataFrame([r.manifest["parameters"] for r in runs])
+    differ = [c for c in parameters if parameters[c].map(str).nunique() > 1 and c != "seed"]
+    tables = [
+        r.table.assign(seed=r.manifest["parameters"].get("seed", 0), **{c: r.manifest["parameters"][c] for c in differ})
+        for r in runs
+    ]
+    whole = pd.concat(tables, ignore_index=True)
+    return whole.astype(dict.fromkeys(["prompt_id", "response_type", "metric"], "category"))
 
 
 def status(root: Path | None = None) -> list[dict]:

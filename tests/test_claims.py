@@ -37,11 +37,11 @@ def test_every_statistic_has_a_docstring_that_says_what_it_is():
     ],
 )
 def test_the_whole_interval_decides(values, holds, outcome):
-    assert claims.judge(part(holds), runs_with(values))["outcome"] == outcome
+    assert claims.judge(part(holds), claims.by_seed(runs_with(values)))["outcome"] == outcome
 
 
 def test_an_identity_is_judged_by_its_worst_seed():
-    assert claims.judge(part("< 1", exact=True), runs_with([0.1, 0.2, 3.0]))["outcome"] == "fails"
+    assert claims.judge(part("< 1", exact=True), claims.by_seed(runs_with([0.1, 0.2, 3.0])))["outcome"] == "fails"
 
 
 def test_interval_is_the_t_interval_of_the_mean():
@@ -52,7 +52,7 @@ def test_interval_is_the_t_interval_of_the_mean():
 @pytest.mark.parametrize("rule", ["above 0", "> x", "in (0, 1)"])
 def test_a_rule_that_cannot_be_read_is_refused(rule):
     with pytest.raises(InputError, match="is not '> x'"):
-        claims.judge(part(rule), runs_with([1.0, 2.0]))
+        claims.judge(part(rule), claims.by_seed(runs_with([1.0, 2.0])))
 
 
 def test_a_claim_without_records_is_not_attempted_and_says_what_to_run():

@@ -12,9 +12,9 @@ from lddyn import records, runner
 
 ROOT = records.ROOT
 FLOORS = [
-    {"records", "logprobs", "residuals", "influence", "squeezing"},
+    {"records", "logprobs", "residuals", "influence", "squeezing", "reuse"},
     {"probes", "models", "preferences", "prose", "digits"},
-    {"training", "judging"},
+    {"training", "sft", "dpo", "judging"},
     {"claims", "evidence", "figures", "display"},
     {"runner", "book", "bench", "__main__"},
 ]
