@@ -1,0 +1,290 @@
+"""SFT and DPO with TRL, looked at with probes while they run. The only module that imports TRL.
+
+Anyone's trainer gains the paper's curves with three lines:
+
+    probes = ProbeSet.from_jsonl("my_prompts.jsonl")
+    callback = ProbeCallback(probes, every=25, output_dir="runs/mine")
+    trainer = DPOTrainer(..., callbacks=[callback])
+"""
+
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+# before transformers and TRL are imported: TRL tells the hub of each trainer that is built
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import pandas as pd
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from lddyn import InputError, models, probes, records, unknown
+from lddyn.probes import Encoded, ProbeSet
+
+OPTIMIZERS = {
+    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
+    "rmsprop": lambda parameters, lr: torch.optim.RMSprop(parameters, lr=lr),  # the authors' choice
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
+}
+
+
+# --- the probe callback ------------------------------------------------------------------------------------
+
+
+class ProbeCallback(TrainerCallback):
+    """Measure a probe set before, during and after a training run of any `transformers` or TRL trainer.
+
+    `every` counts optimiser steps; `at` names steps one by one instead. Training is bit-identical with and without
+    it. With an `output_dir` the long table and a manifest are written there at the end; `table()` gives the rows so
+    far. Every checkpoint of the trainer carries them, so that a resumed run continues the table. Prompts and
+    responses are cut as in `ProbeSet.encode`. Raises `InputError` when the tokenizer is missing.
+    """
+
+    def __init__(
+        self,
+        probe_set: ProbeSet,
+        every: int = 25,
+        output_dir: str | Path | None = None,
+        at: Sequence[int] | None = None,
+        max_prompt: int = 256,
+        max_response: int = 256,
+    ):
+        self.probe_set, self.every, self.at = probe_set, every, None if at is None else set(at)
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.lengths = {"max_prompt": max_prompt, "max_response": max_response}
+        self.encoded: Encoded | None = None
+        self.parts: list[pd.DataFrame] = []
+
+    def table(self) -> pd.DataFrame:
+        """The long table of everything measured so far."""
+        return pd.concat(self.parts, ignore_index=True)[records.COLUMNS]
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **_):
+        if processing_class is None:
+            raise InputError("ProbeCallback needs the trainer's tokenizer: pass processing_class=... to the trainer")
+        if self.output_dir and state.is_world_process_zero:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.encoded = self.probe_set.encode(processing_class, **self.lengths)
+        if state.global_step:
+            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "probes.parquet"
+            self.parts = [pd.read_parquet(saved)] if saved.exists() else []
+        else:
+            self._measure(args, state, model)
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        due = state.global_step % self.every == 0 if self.at is None else state.global_step in self.at
+        if due:
+            self._measure(args, state, model)
+
+    def on_save(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            records.write_atomically(folder / "probes.parquet", lambda p: self.table().to_parquet(p, index=False))
+
+    def on_train_end(self, args, state, control, model=None, **_):
+        if state.global_step not in {int(part.step.iloc[-1]) for part in self.parts}:
+            self._measure(args, state, model)
+        if self.output_dir and state.is_world_process_zero:
+            self._write(args, state)
+
+    def _measure(self, args, state, model) -> None:
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        part = probes.measure(model, self.encoded)
+        self.parts.append(part.assign(step=state.global_step, examples=state.global_step * batch))
+
+    def _write(self, args, state) -> None:
+        table = self.table()
+        records.check(table)
+        records.write_atomically(self.output_dir / "table.parquet", lambda p: table.to_parquet(p, index=False))
+        manifest = {
+            "format": 1,
+            "function": "lddyn.training:ProbeCallback",
+            "parameters": {"seed": args.seed, "learning_rate": args.learning_rate, "steps": state.global_step},
+            "inputs": {},
+            "code": records.code_hashes("lddyn.training"),
+            "versions": records.versions("lddyn.training"),
+            "machine": str(args.device),
+            "git": records.git_state(),
+            "started": None,
+            "finished": records.now(),
+            "rows": len(table),
+            "table_sha256": records.file_hash(self.output_dir / "table.parquet"),
+        }
+        records.write_json(self.output_dir / "manifest.json", manifest)
+
+
+# --- the trainers ------------------------------------------------------------------------------------------
+
+
+class _Resumable:
+    """transformers' own resume leaves out GPT-NeoX's output layer, whose name in files differs from that in memory."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        (model or self.model).load_state_dict(saved.state_dict())
+
+
+class SequenceSumSFT(_Resumable, SFTTrainer):
+    """The authors' SFT loss (section 3.1, eq. 4): minus the summed log pi of a response, mean over the batch.
+
+    TRL's own loss divides by the number of tokens in the batch; at the same learning rate that is another experiment.
+    """
+
+    loss_is_scaled_for_ga = False  # the mean over responses leaves gradient accumulation to the trainer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"][:, 1:]  # (batch, tokens - 1)
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        logits = outputs.logits[:, :-1].float()  # (batch, tokens - 1, vocab)
+        loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / len(labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+class TokenMeanSFT(_Resumable, SFTTrainer):
+    """TRL's SFT loss: minus the mean log pi of a token."""
+
+
+class TokenisedDPO(_Resumable, DPOTrainer):
+    """DPO on pairs that are token ids already, cut exactly as the probes are."""
+
+    def _prepare_dataset(self, dataset, *_, **__):
+        return dataset
+
+
+SFT_LOSSES = {"sequence_sum": SequenceSumSFT, "token_mean": TokenMeanSFT}
+
+
+def sft_rows(tokenizer, prompts: list[str], responses: list[str], **lengths) -> datasets.Dataset:
+    """Prompts and responses as token ids, the same as the probes see; the loss is on the response only."""
+    ids = ProbeSet(prompts, {"chosen": responses}).encode(tokenizer, **lengths)
+    pairs = list(zip(ids.prompts, ids.responses["chosen"], strict=True))
+    rows = {"input_ids": [p + r for p, r in pairs], "labels": [[-100] * len(p) + r for p, r in pairs]}
+    return datasets.Dataset.from_dict(rows)
+
+
+def dpo_rows(tokenizer, prompts: list[str], chosen: list[str], rejected: list[str], **lengths) -> datasets.Dataset:
+    """Pairs as token ids, the same as the probes see."""
+    ids = ProbeSet(prompts, {"chosen": chosen, "rejected": rejected}).encode(tokenizer, **lengths)
+    rows = {"prompt_ids": ids.prompts, "chosen_ids": ids.responses["chosen"], "rejected_ids": ids.responses["rejected"]}
+    return datasets.Dataset.from_dict(rows)
+
+
+def quiet() -> None:
+    """Silence the libraries' progress bars and advice; errors still come through."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint that is whole: the probes are what is written last."""
+    whole = [p.parent for p in work.glob("checkpoint-*/probes.parquet")]
+    return str(max(whole, key=lambda p: int(p.name.split("-")[1]))) if whole else None
+
+
+def train(
+    work: Path,
+    model: torch.nn.Module,
+    tokenizer,
+    rows: datasets.Dataset,
+    callback: ProbeCallback,
+    *,
+    seed: int,
+    lr: float,
+    epochs: float,
+    batch_size: int,
+    method: str = "sft",
+    loss: str = "sequence_sum",
+    beta: float = 0.1,
+    optimizer: str = "adamw",
+    warmup: int = 0,
+    clip: float = 10.0,
+    accumulation: int = 1,
+    bf16: bool = False,
+    checkpoints: int = 4,
+) -> list[dict]:
+    """Train a model in place with TRL; returns the trainer's log, one dict for each logged step.
+
+    `method` is `sft` (loss `sequence_sum` as in the authors' code, or `token_mean` as in TRL) or `dpo` (loss: any name
+    that TRL's DPOConfig takes, `sigmoid` is DPO; the reference is the model as it comes in). Learning rate
+    constant after `warmup` steps of linear rise that already move at the first one. Continues from the last
+    whole checkpoint in `work`. Raises `InputError` for unknown names.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise unknown("optimizer", optimizer, OPTIMIZERS)
+    quiet()
+    steps = -(-len(rows) // (batch_size * accumulation)) * epochs
+    common = {
+        "output_dir": str(work),
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": epochs,
+        "learning_rate": lr,
+        "max_grad_norm": clip,
+        "max_length": None,  # the rows are cut already
+        "bf16": bf16,
+        "activation_checkpointing": False,
+        "use_cpu": next(model.parameters()).device.type == "cpu",
+        "report_to": "none",
+        "logging_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": max(1, int(steps // checkpoints)),
+        "save_total_limit": 1,
+        "seed": seed,
+        "data_seed": seed,
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+    }
+    opt = OPTIMIZERS[optimizer](model.parameters(), lr)
+    schedule = LambdaLR(opt, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+    parts = {
+        "model": model,
+        "processing_class": tokenizer,
+        "train_dataset": rows,
+        "callbacks": [callback],
+        "optimizers": (opt, schedule),
+    }
+    if method == "sft":
+        if loss not in SFT_LOSSES:
+            raise unknown("loss", loss, SFT_LOSSES)
+        trainer = SFT_LOSSES[loss](args=SFTConfig(**common), **parts)
+    elif method == "dpo":
+        config = DPOConfig(**common, beta=beta, loss_type=[loss])
+        # always given: TRL would reload the reference from where the model once came from, not from what it is now
+        trainer = TokenisedDPO(args=config, ref_model=models.snapshot(model), **parts)
+    else:
+        raise unknown("method", method, ["sft", "dpo"])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    return trainer.state.log_history
+
+
+def log_rows(log: list[dict], batch_size: int) -> pd.DataFrame:
+    """The trainer's own numbers (loss, gradient norm, and for DPO margin and accuracy) as rows of a long table."""
+    names = {"loss": "train_loss", "grad_norm": "grad_norm", "rewards/margins": "train_margin"}
+    return records.long(
+        (entry["step"], entry["step"] * batch_size, "batch", "all", names[key], float(entry[key]))
+        for entry in log
+        for key in names
+        if key in entry
+    )
+
+
+def keep(model, tokenizer, folder: Path) -> None:
+    """Save a finished model as safetensors, in one step."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)
