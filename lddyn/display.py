@@ -63,3 +63,16 @@ def provenance(runs: list[Run], scale: str) -> str:
 def table(frame: pd.DataFrame, digits: int = 3) -> str:
     """A data frame as HTML with escaped text and rounded numbers."""
     return f'<div class="scroll">{frame.to_html(float_format=lambda v: f"{v:.{digits}g}", border=0)}</div>'
+
+
+def tokens(table: pd.DataFrame, value: str, limit: float) -> str:
+    """A text as HTML, each token coloured by a number: blue where it is positive, orange where negative.
+
+    table: rows with `token` and the column `value`; colours are full at plus and minus `limit`.
+    """
+    spans = []
+    for token, number in zip(table.token, table[value], strict=True):
+        strength = min(abs(number) / limit, 1) * 0.75
+        color = f"rgba({'43,108,176' if number > 0 else '221,107,32'},{strength:.2f})"
+        spans.append(f'<span style="background:{color}" title="{number:+.2f} nats">{escape(token)}</span>')
+    return f'<p class="tokens">{"".join(spans)}</p>'

@@ -4,9 +4,14 @@
 `prompt_id` and the predicted class, or the class of the update, in `response_type`.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata, spearmanr
+
+from lddyn import InputError
 
 PAIRS = np.triu_indices(10, 1)
 
@@ -256,3 +261,212 @@ def third_labels_spread(table: pd.DataFrame) -> float:
 def third_labels_spread_negative(table: pd.DataFrame) -> float:
     """The same difference when only the negative half acts, mean over draws."""
     return float(_values(table, "spread_of_third", "negative").mean())
+
+
+# --- chapter 3 ---------------------------------------------------------------------------------------------
+
+BELLS = ("chosen_semantic", "chosen_format", "rejected", "rejected_semantic", "rejected_format")
+
+
+def curve(table: pd.DataFrame, kind: str, metric: str = "logp_sum", split: str = "train", target: str = "chosen"):
+    """Mean over the probed prompts of a metric of one type of response, as a Series over steps.
+
+    `split` says whether the prompts are trained on; `target` which runs, where a table holds several.
+    """
+    rows = table[(table.response_type == kind) & (table.metric == metric)]
+    rows = rows[rows.prompt_id.astype(str).str.startswith(f"{split}/")]
+    if "target" in rows:
+        rows = rows[rows.target == target]
+    if "n_train" in rows:  # the run on all prompts, not the small ones for the heat map
+        rows = rows[rows.n_train == rows.n_train.max()]
+    return rows.groupby("step").value.mean()
+
+
+def _change(table: pd.DataFrame, kind: str, **which) -> float:
+    values = curve(table, kind, **which)
+    return float(values.iloc[-1] - values.iloc[0])
+
+
+def sft_chosen_order(table: pd.DataFrame) -> float:
+    """Rank correlation of log pi(chosen) with the step: 1 where it rises throughout."""
+    values = curve(table, "chosen")
+    return float(spearmanr(values.index, values).statistic)
+
+
+def sft_chosen_change(table: pd.DataFrame) -> float:
+    """Change of log pi(chosen) over SFT, nats summed over the response."""
+    return _change(table, "chosen")
+
+
+def _rise(table: pd.DataFrame, kind: str) -> float:
+    values = curve(table, kind)
+    return float(values.max() - values.iloc[0])
+
+
+def _fall(table: pd.DataFrame, kind: str) -> float:
+    values = curve(table, kind)
+    return float(values.max() - values.iloc[-1])
+
+
+def bell_rise(table: pd.DataFrame) -> float:
+    """Smallest rise from the start to the peak among the rejected answer and all rephrases, nats."""
+    return min(_rise(table, kind) for kind in BELLS)
+
+
+def bell_fall(table: pd.DataFrame) -> float:
+    """Smallest fall from the peak to the end among the rejected answer and all rephrases, nats."""
+    return min(_fall(table, kind) for kind in BELLS)
+
+
+def initial_rise(table: pd.DataFrame) -> float:
+    """Rise of the initial sample from the start to its peak, nats."""
+    return _rise(table, "chosen_initial")
+
+
+def other_train_peak(table: pd.DataFrame) -> float:
+    """When log pi of answers to other training questions peaks, as a share of the steps."""
+    values = curve(table, "other_train")
+    return float(values.idxmax() / values.index[-1])
+
+
+def other_train_over_other_test(table: pd.DataFrame) -> float:
+    """Largest rise of answers to other training questions minus that of unseen answers, nats."""
+    return _rise(table, "other_train") - _rise(table, "other_test")
+
+
+def reuse_gap(table: pd.DataFrame) -> float:
+    """End change of answers to other training questions minus that of unseen answers, nats."""
+    return _change(table, "other_train") - _change(table, "other_test")
+
+
+def reuse_gap_unseen_prompts(table: pd.DataFrame) -> float:
+    """The same gap after prompts that were never trained on."""
+    return _change(table, "other_train", split="test") - _change(table, "other_test", split="test")
+
+
+def generated_reuse(table: pd.DataFrame) -> float:
+    """Change over SFT of the share of greedy 4-grams taken from training answers to other questions, control subtracted.
+
+    The control is the share found in as many answers that were never trained on; both splits of prompts.
+    """
+    rows = table[table.response_type == "greedy"]
+    share = rows.pivot_table(index="step", columns="metric", values="value", observed=True)
+    change = share.iloc[-1] - share.iloc[0]
+    return float(change["prob_reuse_train"] - change["prob_reuse_control"])
+
+
+def unrelated_change(table: pd.DataFrame) -> float:
+    """Change of log pi of unrelated human sentences over SFT, nats."""
+    return _change(table, "unrelated")
+
+
+def shuffled_change(table: pd.DataFrame) -> float:
+    """Larger of the changes of log pi of the two shuffled types over SFT, nats."""
+    return max(_change(table, kind) for kind in ("chosen_shuffled", "test_shuffled"))
+
+
+def format_like_semantic(table: pd.DataFrame) -> float:
+    """Correlation over steps of the curves of the two rephrases of chosen, first tenth of training."""
+    semantic, form = curve(table, "chosen_semantic"), curve(table, "chosen_format")
+    early = semantic.index <= semantic.index[-1] / 10
+    return float(np.corrcoef(semantic[early], form[early])[0, 1])
+
+
+def format_minus_semantic(table: pd.DataFrame) -> float:
+    """End change of the format-keeping rephrase minus that of the meaning-keeping one, nats."""
+    return _change(table, "chosen_format") - _change(table, "chosen_semantic")
+
+
+def sign_delta(table: pd.DataFrame, target: str) -> pd.Series:
+    """Accumulated SignDelta of every type when `target` is trained, as in the authors' released code (appendix C.2).
+
+    Between evaluations, the mean change of the summed log pi over sqrt(||A||_F) of the observed type and over
+    ||pi - y|| of the trained one; smoothed (0.9) and summed over time.
+    """
+    trained = "chosen" if target == "extended" else target
+    residual = curve(table, trained, "residual_norm_mean", target=target)
+    sums = {}
+    for kind in table.response_type.cat.categories:
+        logp = curve(table, kind, target=target)
+        if len(logp):
+            a_norm = curve(table, kind, "a_norm_mean", target=target)
+            change = logp.diff() / np.sqrt(a_norm.shift()) / residual.shift()
+            sums[kind] = change.iloc[1:].ewm(alpha=0.1, adjust=False).mean().sum()
+    return pd.Series(sums)
+
+
+HEAT_MAP = ("chosen", "rejected", "chosen_semantic", "rejected_semantic", "unrelated", "test_shuffled")
+
+
+def heat_map(table: pd.DataFrame) -> pd.DataFrame:
+    """The last panel of figure 3: SignDelta of every observed type (rows) for every trained type (columns).
+
+    Each column is divided by its range. Uses the runs on the probed prompts only (`n_train` equal to the probes).
+    """
+    small = table[table.n_train == table.n_train.min()]
+    columns = {target: sign_delta(small, target) for target in HEAT_MAP if (small.target == target).any()}
+    whole = pd.DataFrame(columns)
+    return whole / (whole.max() - whole.min())
+
+
+def fingerprint(table: pd.DataFrame) -> float:
+    """Trained on one answer's rephrase, the SignDelta of the other answer's rephrase minus that of the other answer."""
+    cells = heat_map(table)
+    return float(
+        np.mean(
+            [
+                cells.loc["rejected_semantic", "chosen_semantic"] - cells.loc["rejected", "chosen_semantic"],
+                cells.loc["chosen_semantic", "rejected_semantic"] - cells.loc["chosen", "rejected_semantic"],
+            ]
+        )
+    )
+
+
+def heat_map_diagonal(table: pd.DataFrame) -> float:
+    """Share of the trained types that are themselves their column's maximum."""
+    cells = heat_map(table)
+    return float(np.mean([cells[target].idxmax() == target for target in cells]))
+
+
+def shuffled_raises_others(table: pd.DataFrame) -> float:
+    """Number of other types with a positive SignDelta when shuffled words are trained."""
+    column = heat_map(table)["test_shuffled"].drop("test_shuffled")
+    return float((column > 0).sum())
+
+
+AUTHORS_KEYS = {
+    "chosen": "chosen",
+    "chosen_initial": "chosen_initial",
+    "chosen_semantic": "chosen_gptsemantic",
+    "chosen_format": "chosen_gptformat",
+    "rejected": "rejected",
+    "rejected_semantic": "reject_gptsemantic",
+    "rejected_format": "reject_gptformat",
+    "other_train": "irr_train",
+    "other_test": "irr_test",
+    "unrelated": "irr_hum",
+    "chosen_shuffled": "random_permute",
+    "test_shuffled": "random_nonhum",
+}
+
+
+def authors_log(path: Path | str) -> pd.DataFrame:
+    """The authors' `prob_train_metrics.json` (one JSON object an evaluation): mean summed log pi, types as columns.
+
+    Raises `InputError` naming the file, and the line where there is one, when it is not such a log.
+    """
+    try:
+        lines = Path(path).read_text().splitlines()
+        entries = [json.loads(line) for line in lines if line.strip()]
+        prefix = "logps_eval_prob_train/"
+        return pd.DataFrame([{ours: e[prefix + key] for ours, key in AUTHORS_KEYS.items()} for e in entries])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is not a log of the authors' training ({type(error).__name__}: {error})") from error
+
+
+def compare_with_authors(table: pd.DataFrame, path: Path | str) -> tuple[pd.Series, pd.Series]:
+    """End change of log pi per type, here (mean over seeds) and in the authors' log, each over its standard deviation."""
+    theirs = authors_log(path)
+    theirs = theirs.iloc[-1] - theirs.iloc[0]
+    ours = pd.Series({kind: _change(table, kind) for kind in AUTHORS_KEYS if (table.response_type == kind).any()})
+    return ours / ours.std(), theirs[ours.index] / theirs.std()

@@ -13,6 +13,23 @@ from matplotlib.figure import Figure
 from lddyn import evidence
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#c53030", "#718096"
+PURPLE = "#6b46c1"
+
+# one colour a family, one line a member of it; also the order of legends and heat maps
+STYLES = {
+    "chosen": (BLUE, "-"),
+    "chosen_semantic": (BLUE, "--"),
+    "chosen_format": (BLUE, ":"),
+    "chosen_initial": (PURPLE, "-"),
+    "rejected": (ORANGE, "-"),
+    "rejected_semantic": (ORANGE, "--"),
+    "rejected_format": (ORANGE, ":"),
+    "other_train": (RED, "-"),
+    "other_test": (RED, "--"),
+    "unrelated": (GREEN, "-"),
+    "chosen_shuffled": (GREY, "-"),
+    "test_shuffled": (GREY, "--"),
+}
 
 
 def use_style() -> None:
@@ -168,6 +185,123 @@ def hero(table: pd.DataFrame) -> Figure:
     return fig
 
 
+# --- chapter 3 ---------------------------------------------------------------------------------------------
+
+
+def _curves(table: pd.DataFrame, kind: str, metric: str = "logp_sum", split: str = "train") -> tuple:
+    """Steps and (seeds, steps): mean over prompts of a metric of one type, for each seed."""
+    seeds = [evidence.curve(t, kind, metric, split) for _, t in table.groupby("seed")]
+    return seeds[0].index.to_numpy(), np.array([s.to_numpy() for s in seeds])
+
+
+def _change_panel(ax, table: pd.DataFrame, kinds, title: str, per_epoch: float, split: str = "train") -> None:
+    for kind in kinds:
+        color, line = STYLES[kind]
+        steps, values = _curves(table, kind, split=split)
+        band(ax, steps / per_epoch, values - values[:, :1], color, kind, linestyle=line)
+    ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    ax.set_title(title)
+    ax.legend(fontsize=7)
+
+
+PANELS = {
+    "the answer and its rephrases": ("chosen", "chosen_semantic", "chosen_format", "chosen_initial"),
+    "the rejected answer": ("rejected", "rejected_semantic", "rejected_format"),
+    "answers to other questions": ("other_train", "other_test"),
+    "unrelated and shuffled text": ("unrelated", "chosen_shuffled", "test_shuffled"),
+}
+
+
+def response_curves(table: pd.DataFrame, per_epoch: float, split: str = "train") -> Figure:
+    """Figures 3 and 4: change of log pi of all types of response since the start, nats summed over a response.
+
+    `per_epoch`: optimiser steps in an epoch.
+    """
+    fig, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True)
+    for ax, (title, kinds) in zip(axes.flat, PANELS.items(), strict=True):
+        _change_panel(ax, table, kinds, title, per_epoch, split)
+    for ax in axes[1]:
+        ax.set_xlabel("epoch")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("change of log π (nats)")
+    return fig
+
+
+def early_curves(table: pd.DataFrame, per_epoch: float, epochs: float = 3) -> Figure:
+    """The first epochs of the types that turn: the left half of the bell."""
+    fig, ax = plt.subplots(figsize=(6.5, 3.6))
+    kinds = ("chosen_semantic", "chosen_format", "chosen_initial", "rejected", "other_test", "unrelated")
+    _change_panel(ax, table[table.step <= epochs * per_epoch], kinds, "", per_epoch)
+    ax.set(xlabel="epoch", ylabel="change of log π (nats)")
+    return fig
+
+
+def hallucination(table: pd.DataFrame, per_epoch: float) -> Figure:
+    """Answers to other training questions against unseen ones, after trained and new prompts; and in generated text."""
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.2), width_ratios=[1, 1, 0.9])
+    for ax, split, title in zip(axes, ("train", "test"), ("after trained prompts", "after new prompts"), strict=False):
+        _change_panel(ax, table, ("other_train", "other_test"), title, per_epoch, split)
+        ax.set_xlabel("epoch")
+    axes[0].set_ylabel("change of log π (nats)")
+    rows = table[table.response_type == "greedy"]
+    shares = rows.groupby(["metric", "step", "seed"], observed=True).value.mean().unstack("seed") * 100
+    labels = {"prob_reuse_train": "training answers", "prob_reuse_control": "unseen answers"}
+    for n, (metric, label) in enumerate(labels.items()):
+        values = shares.loc[metric].to_numpy()  # (before and after, seeds)
+        spread = [values.mean(1) - values.min(1), values.max(1) - values.mean(1)]
+        color = RED if n == 0 else GREY
+        axes[2].bar(np.arange(2) + 0.38 * n, values.mean(1), 0.36, yerr=spread, color=color, label=label, capsize=3)
+    axes[2].set(
+        xticks=[0.19, 1.19], xticklabels=["before", "after"], ylabel="4-grams reused (%)", title="greedy answers"
+    )
+    axes[2].legend(fontsize=7, title="to other questions, found in", title_fontsize=7)
+    return fig
+
+
+def sign_delta_map(table: pd.DataFrame) -> Figure:
+    """Figure 3, last panel: which responses gain (rows) when a type is trained (columns); mean over seeds."""
+    cells = [evidence.heat_map(t) for _, t in table.groupby("seed")]
+    mean = sum(cells) / len(cells)
+    order = [kind for kind in STYLES if kind in mean.index]
+    fig, ax = plt.subplots(figsize=(6.2, 5))
+    sns.heatmap(
+        mean.loc[order], ax=ax, cmap="RdBu_r", center=0, vmin=-1, vmax=1, annot=True, fmt=".2f", annot_kws={"size": 7}
+    )
+    ax.set(xlabel="trained on", ylabel="observed")
+    ax.tick_params(axis="x", rotation=30)
+    return fig
+
+
+def peakiness_and_rest(table: pd.DataFrame, per_epoch: float) -> Figure:
+    """Figure 9: ||A||_F of some types, and log pi(y*) against the mass outside it, along chosen and rejected."""
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.1))
+    for kind in ("chosen", "rejected", "other_test", "unrelated"):
+        color, line = STYLES[kind]
+        steps, values = _curves(table, kind, "a_norm_mean")
+        band(axes[0], steps / per_epoch, values, color, kind, linestyle=line)
+        for ax, metric in ((axes[1], "argmax_logp_sum"), (axes[2], "rest_logp_sum")):
+            steps, values = _curves(table, kind, metric)
+            band(ax, steps / per_epoch, values, color, kind, linestyle=line)
+    titles = (r"peakiness $\|A\|_F$", "log π(y*) along the path", "log of the mass outside y*")
+    for ax, title, unit in zip(axes, titles, ("", "nats", "nats"), strict=True):
+        ax.set(xlabel="epoch", title=title, ylabel=unit)
+    axes[0].legend(fontsize=7)
+    return fig
+
+
+def agreement_with_authors(ours: pd.Series, theirs: pd.Series) -> Figure:
+    """End change of every type here against that in the authors' released log."""
+    fig, ax = plt.subplots(figsize=(4.8, 3.8))
+    for kind in ours.index:
+        color, _ = STYLES[kind]
+        ax.scatter(theirs[kind], ours[kind], color=color, s=22)
+        ax.annotate(kind, (theirs[kind], ours[kind]), fontsize=7, xytext=(4, 2), textcoords="offset points")
+    ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    ax.set(xlabel="the authors' log: change of log π (its s.d.)", ylabel="this companion (its s.d.)")
+    return fig
+
+
 # --- chapter 4 ---------------------------------------------------------------------------------------------
 
 
@@ -177,13 +311,14 @@ def before_and_after(panels: dict[str, tuple], changes: bool = True) -> Figure:
     panels: title -> (before, after, labels): (V,) probabilities twice, and the ranks that were pushed, 0 the likeliest.
     """
     rows = 2 if changes else 1
-    size = (2.2 * len(panels) + 0.6, 2.1 * rows + 0.3)
+    size = (1.75 * len(panels) + 0.7, 2 * rows + 0.3)
     fig, axes = plt.subplots(rows, len(panels), figsize=size, sharey="row", sharex=True, squeeze=False)
     for n, (title, (before, after, labels)) in enumerate(panels.items()):
         rank = np.arange(1, len(before) + 1)
         axes[0, n].plot(rank, before, color=GREY, label="before")
         axes[0, n].plot(rank, after, ".", color=BLUE, label="after", markersize=4)
-        axes[0, n].set(yscale="log", title=title, ylim=(1e-9, 2))
+        axes[0, n].set_title(title, fontsize=9)
+        axes[0, n].set(yscale="log", ylim=(1e-9, 2))
         if changes:
             delta = np.log(after) - np.log(before)
             axes[1, n].bar(rank, delta, color=np.where(delta > 0, GREEN, RED), width=0.9)
