@@ -32,14 +32,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from lddyn import InputError, preferences, prose, records, unknown
 
-SIZES = {  # 0.1M parameters in a few seconds, 0.9M in about two minutes
+SIZES = {  # a few seconds; one to two minutes
     "tiny": {
         "architecture": {"width": 48, "layers": 2, "heads": 2, "vocab": 1024},
         "libraries": ["sklearn"],
         "steps": 150,
     },
     "small": {
-        "architecture": {"width": 128, "layers": 3, "heads": 4, "vocab": 2048},
+        "architecture": {"width": 96, "layers": 3, "heads": 4, "vocab": 2048},
         "libraries": list(prose.LIBRARIES),
         "steps": 1400,
     },
