@@ -13,9 +13,9 @@ HEAT_MAP_TARGETS = ("chosen", "rejected", "chosen_semantic", "rejected_semantic"
 SCALES = {
     "smoke": {
         "seeds": 2, "model": "builtin", "size": "tiny", "data": "builtin",
-        "n_train": 48, "n_probe": 12, "n_probe_test": 6, "max_prompt": 64, "max_response": 96,
-        "epochs": 4, "evaluations": 6, "batch_size": 8, "lr": 1e-3, "optimizer": "adamw", "warmup": 0,
-        "generate": 4, "map_epochs": 3, "map_evaluations": 4,
+        "n_train": 32, "n_probe": 8, "n_probe_test": 4, "max_prompt": 64, "max_response": 96,
+        "epochs": 4, "evaluations": 5, "batch_size": 8, "lr": 1e-3, "optimizer": "adamw", "warmup": 0,
+        "generate": 4, "map_epochs": 3, "map_evaluations": 3,
     },
     "laptop": {
         "seeds": 3, "model": "builtin", "size": "small", "data": "builtin",
