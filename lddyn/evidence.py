@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import rankdata, spearmanr, t
 
 from lddyn import InputError
 
@@ -345,7 +345,7 @@ def reuse_gap_unseen_prompts(table: pd.DataFrame) -> float:
 
 
 def generated_reuse(table: pd.DataFrame) -> float:
-    """Change over SFT of the share of greedy 4-grams taken from training answers to other questions, control subtracted.
+    """Change over SFT of the share of greedy 4-grams found in training answers to other questions, less the control's.
 
     The control is the share found in as many answers that were never trained on; both splits of prompts.
     """
@@ -450,23 +450,313 @@ AUTHORS_KEYS = {
 }
 
 
-def authors_log(path: Path | str) -> pd.DataFrame:
-    """The authors' `prob_train_metrics.json` (one JSON object an evaluation): mean summed log pi, types as columns.
+def authors_log(path: Path | str, metric: str = "logp_sum") -> pd.DataFrame:
+    """The authors' `prob_train_metrics.json`, one JSON object an evaluation: a metric of each type, types as columns.
 
-    Raises `InputError` naming the file, and the line where there is one, when it is not such a log.
+    `logp_sum` (nats, mean over prompts) or `a_norm_mean`; some of their logs have the one for all types, some the
+    other. Raises `InputError` naming the file when it is not such a log.
     """
     try:
-        lines = Path(path).read_text().splitlines()
-        entries = [json.loads(line) for line in lines if line.strip()]
-        prefix = "logps_eval_prob_train/"
-        return pd.DataFrame([{ours: e[prefix + key] for ours, key in AUTHORS_KEYS.items()} for e in entries])
-    except (OSError, ValueError, KeyError) as error:
+        entries = pd.DataFrame([json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()])
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a log of the authors' training ({type(error).__name__}: {error})") from error
+    template = {"logp_sum": "logps_eval_prob_train/{}", "a_norm_mean": "{}_A_o"}[metric]
+    columns = {template.format(key): kind for kind, key in AUTHORS_KEYS.items()}
+    found = entries[[c for c in columns if c in entries]].rename(columns=columns)
+    if "logps_eval_prob_train/chosen" not in entries:
+        raise InputError(f"{path} is not a log of the authors' training (no logps_eval_prob_train/chosen)")
+    return found
 
 
-def compare_with_authors(table: pd.DataFrame, path: Path | str) -> tuple[pd.Series, pd.Series]:
-    """End change of log pi per type, here (mean over seeds) and in the authors' log, each over its standard deviation."""
-    theirs = authors_log(path)
-    theirs = theirs.iloc[-1] - theirs.iloc[0]
-    ours = pd.Series({kind: _change(table, kind) for kind in AUTHORS_KEYS if (table.response_type == kind).any()})
-    return ours / ours.std(), theirs[ours.index] / theirs.std()
+def compare_with_authors(table: pd.DataFrame, path: Path | str) -> tuple[pd.Series, pd.Series, str]:
+    """End change of every type that the authors' log has, here (mean over seeds) and there, and of which metric.
+
+    The metric is log pi where their log has it for several types, and ||A||_F where it has only that.
+    """
+    metric = "logp_sum" if authors_log(path).shape[1] > 1 else "a_norm_mean"
+    theirs = authors_log(path, metric)
+    kinds = [kind for kind in theirs if (table.response_type == kind).any()]
+    ours = pd.Series({kind: _change(table, kind, metric=metric) for kind in kinds})
+    return ours, (theirs.iloc[-1] - theirs.iloc[0])[kinds], metric
+
+
+# --- chapter 5 ---------------------------------------------------------------------------------------------
+
+NATURAL = ("chosen", *BELLS[:2], "chosen_initial", *BELLS[2:], "other_train", "other_test", "unrelated")
+PATHS = {  # where y* is measured: type of response, prompts
+    "chosen": ("chosen", "train"),
+    "rejected": ("rejected", "train"),
+    "never trained": ("chosen", "test"),
+}
+
+
+def dpo_baseline(table: pd.DataFrame) -> pd.DataFrame:
+    """The runs of chapter 5 that measure everything, out of a table that may also hold the short ones."""
+    return table[table.measure == "all"] if "measure" in table else table
+
+
+def dpo_cell(table: pd.DataFrame, **changed) -> pd.DataFrame:
+    """The short runs with the baseline's pairs, SFT, learning rate and beta, but for what is `changed`."""
+    short, first = table[table.measure != "all"], dpo_baseline(table).iloc[0]
+    for name in ("pairs", "sft_epochs", "lr", "beta"):
+        if name in table:
+            short = short[short[name] == changed.get(name, first[name])]
+    return short
+
+
+def _levels(table: pd.DataFrame, name: str) -> list:
+    return sorted(table[name].unique())
+
+
+def _order(values: pd.Series) -> float:
+    return float(spearmanr(values.index, values).statistic)
+
+
+def dpo_wide(table: pd.DataFrame, metric: str = "logp_sum", split: str = "train") -> pd.DataFrame:
+    """A metric of every prompt: rows (step, prompt), columns types of response."""
+    rows = table[(table.metric == metric) & table.prompt_id.astype(str).str.startswith(f"{split}/")]
+    return rows.pivot_table(index=["step", "prompt_id"], columns="response_type", values="value", observed=True)
+
+
+def dpo_margins(table: pd.DataFrame, beta: float, split: str = "train") -> pd.DataFrame:
+    """The margin beta ((log pi - log pi_ref)(chosen) - (same)(rejected)) in nats: rows steps, columns prompts."""
+    gap = dpo_wide(table, split=split)
+    gap = (gap.chosen - gap.rejected).unstack()
+    return beta * (gap - gap.iloc[0])
+
+
+def dpo_rejected_order(table: pd.DataFrame) -> float:
+    """Rank correlation of log pi(rejected) with the step: -1 where it falls throughout."""
+    return _order(curve(dpo_baseline(table), "rejected"))
+
+
+def dpo_rejected_minus_next(table: pd.DataFrame) -> float:
+    """End change of log pi(rejected) minus that of the natural type that falls most beside it, nats."""
+    table = dpo_baseline(table)
+    return _change(table, "rejected") - min(_change(table, kind) for kind in NATURAL if kind != "rejected")
+
+
+def dpo_chosen_rise(table: pd.DataFrame) -> float:
+    """Rise of log pi(chosen) from the start of DPO to its peak, nats."""
+    return _rise(dpo_baseline(table), "chosen")
+
+
+def dpo_chosen_fall(table: pd.DataFrame) -> float:
+    """Fall of log pi(chosen) from its peak to the end of DPO, nats."""
+    return _fall(dpo_baseline(table), "chosen")
+
+
+def dpo_chosen_change(table: pd.DataFrame) -> float:
+    """Change of log pi(chosen) over DPO, nats."""
+    return _change(dpo_baseline(table), "chosen")
+
+
+def dpo_chosen_over_rejected(table: pd.DataFrame) -> float:
+    """Smallest of three: end change of chosen minus that of rejected, for the answers and both kinds of rephrase."""
+    table = dpo_baseline(table)
+    kinds = ("chosen", "chosen_semantic", "chosen_format")
+    return min(_change(table, kind) - _change(table, kind.replace("chosen", "rejected")) for kind in kinds)
+
+
+def dpo_rephrases_where_chosen_is_up(table: pd.DataFrame) -> float:
+    """Mean change of chosen_semantic wherever (prompt, evaluation) the chosen answer is above its start, nats."""
+    wide = dpo_wide(dpo_baseline(table))
+    change = wide - wide.loc[wide.index[0][0]].reindex(wide.index, level="prompt_id")
+    return float(change.chosen_semantic[change.chosen > 0].mean())
+
+
+def dpo_rephrases_change(table: pd.DataFrame) -> float:
+    """Larger of the end changes of the two rephrases of the chosen answer, nats."""
+    return max(_change(dpo_baseline(table), kind) for kind in BELLS[:2])
+
+
+def dpo_others_change(table: pd.DataFrame) -> float:
+    """Largest end change among answers to other questions, unrelated and shuffled text, nats."""
+    kinds = ("other_train", "other_test", "unrelated", "chosen_shuffled", "test_shuffled")
+    return max(_change(dpo_baseline(table), kind) for kind in kinds)
+
+
+def top_change(table: pd.DataFrame, path: str) -> float:
+    """End change of log pi(y*) along one of PATHS, nats."""
+    kind, split = PATHS[path]
+    return _change(table, kind, metric="argmax_logp_sum", split=split)
+
+
+def dpo_top_order(table: pd.DataFrame) -> float:
+    """Rank correlation of log pi(y*) along chosen with the step: 1 where it rises throughout."""
+    return _order(curve(dpo_baseline(table), "chosen", "argmax_logp_sum"))
+
+
+def dpo_top_chosen(table: pd.DataFrame) -> float:
+    """End change of log pi(y*) along the chosen answers, nats."""
+    return top_change(dpo_baseline(table), "chosen")
+
+
+def dpo_top_rejected(table: pd.DataFrame) -> float:
+    """End change of log pi(y*) along the rejected answers, nats."""
+    return top_change(dpo_baseline(table), "rejected")
+
+
+def dpo_top_never_trained(table: pd.DataFrame) -> float:
+    """End change of log pi(y*) along chosen answers to prompts that were never trained on, nats."""
+    return top_change(dpo_baseline(table), "never trained")
+
+
+def dpo_gap(table: pd.DataFrame) -> float:
+    """Growth of log pi(y*) - log pi(chosen) along the chosen answers, nats."""
+    return dpo_top_chosen(table) - dpo_chosen_change(table)
+
+
+def dpo_top_minus_sft_chosen(table: pd.DataFrame) -> float:
+    """Rise of log pi(y*) per epoch of DPO minus rise of log pi(chosen) per epoch of SFT, nats.
+
+    The SFT is that between the starts of two short runs: from no SFT, and from the shortest.
+    """
+    none, short = _levels(table[table.measure != "all"], "sft_epochs")[:2]
+    start = {n: curve(dpo_cell(table, sft_epochs=n), "chosen").iloc[0] for n in (none, short)}
+    epochs = dpo_baseline(table).epochs.iloc[0] if "epochs" in table else 1
+    return float(dpo_top_chosen(table) / epochs - (start[short] - start[none]) / (short - none))
+
+
+def dpo_margin_order(table: pd.DataFrame) -> float:
+    """Rank correlation of the mean DPO margin with the step (beta plays no part)."""
+    return _order(dpo_margins(dpo_baseline(table), 1.0).mean(axis=1))
+
+
+def dpo_late_change(table: pd.DataFrame) -> float:
+    """Larger of the changes of log pi(chosen) and log pi(rejected) over the second half of DPO, nats."""
+    halves = [curve(dpo_baseline(table), kind) for kind in ("chosen", "rejected")]
+    return max(float(c.iloc[-1] - c[c.index >= c.index[-1] / 2].iloc[0]) for c in halves)
+
+
+def dpo_sft_effect(table: pd.DataFrame) -> float:
+    """End change of chosen after the longest SFT minus that after the shortest, same short DPO, nats."""
+    short = table[table.measure != "all"]
+    ends = [_change(dpo_cell(table, sft_epochs=n), "chosen") for n in _levels(short, "sft_epochs")[1:]]
+    return ends[-1] - ends[0]
+
+
+def dpo_sft_effect_on_rest(table: pd.DataFrame) -> float:
+    """The same for the mean of the rephrase and unseen answers, nats."""
+    short, kinds = table[table.measure != "all"], ("chosen_semantic", "other_test")
+    ends = [
+        np.mean([_change(dpo_cell(table, sft_epochs=n), kind) for kind in kinds])
+        for n in _levels(short, "sft_epochs")[1:]
+    ]
+    return float(ends[-1] - ends[0])
+
+
+def dpo_peakiness(table: pd.DataFrame) -> float:
+    """Change of ||A||_F along the chosen answers over DPO."""
+    return _change(dpo_baseline(table), "chosen", metric="a_norm_mean")
+
+
+def dpo_rest(table: pd.DataFrame) -> float:
+    """Change of the summed log of the mass outside the arg max along the chosen answers over DPO, nats."""
+    return _change(dpo_baseline(table), "chosen", metric="rest_logp_sum")
+
+
+def dpo_sign_delta(table: pd.DataFrame) -> float:
+    """Accumulated SignDelta of the chosen answer over DPO."""
+    return float(sign_delta(dpo_baseline(table), "chosen")["chosen"])
+
+
+def dpo_sign_delta_others(table: pd.DataFrame) -> float:
+    """Largest accumulated SignDelta of any other type over DPO."""
+    sums = sign_delta(dpo_baseline(table), "chosen")
+    return float(max(value for kind, value in sums.items() if kind in AUTHORS_KEYS and kind != "chosen"))
+
+
+def dpo_lr_chosen(table: pd.DataFrame) -> float:
+    """End change of chosen at the largest learning rate minus that at the baseline's, short runs, nats."""
+    largest = _levels(table[table.measure != "all"], "lr")[-1]
+    return _change(dpo_cell(table, lr=largest), "chosen") - _change(dpo_cell(table), "chosen")
+
+
+def dpo_lr_top(table: pd.DataFrame) -> float:
+    """End change of log pi(y*) along chosen at the largest learning rate, short runs, nats."""
+    largest = _levels(table[table.measure != "all"], "lr")[-1]
+    return top_change(dpo_cell(table, lr=largest), "chosen")
+
+
+def dpo_repetition(table: pd.DataFrame) -> float:
+    """Change over DPO of the share of repeated 4-grams in greedy answers, mean over prompts."""
+    rows = dpo_baseline(table)
+    share = rows[rows.metric == "rep4"].groupby("step").value.mean()
+    return float(share.iloc[-1] - share.iloc[0])
+
+
+def valley(table: pd.DataFrame, draws: int = 1000) -> dict:
+    """Does what nobody pushes fall more where the rejected answer is less likely? A regression across prompts.
+
+    Outcome: change over DPO of the mean log pi per token of unseen, unrelated and other training answers.
+    Predictor: log pi per token of the rejected answer at the start. Held fixed: the start of the outcome, the
+    start of the chosen answer, the rejected answer's length and its own fall, the seed. Returns the `slope` in nats per
+    nat with a 95% `interval` from a bootstrap over prompts, and the residuals `x` and `y` of predictor and outcome.
+    """
+    table = dpo_baseline(table)
+    table = table[table.prompt_id.astype(str).str.startswith("train/") & table.response_type.isin(NATURAL)]
+    parts = []
+    for seed, rows in table.groupby("seed"):
+        logp = rows[rows.metric == "logp_mean"].pivot_table(
+            index="prompt_id", columns=["step", "response_type"], values="value", observed=True
+        )
+        tokens = rows[(rows.metric == "tokens") & (rows.response_type == "rejected") & (rows.step == 0)]
+        first, last = (logp[step] for step in (rows.step.min(), rows.step.max()))
+        others = ["other_train", "other_test", "unrelated"]
+        part = {
+            "y": (last - first)[others].mean(axis=1),
+            "x": first.rejected,
+            "start": first[others].mean(axis=1),
+            "chosen": first.chosen,
+            "fall": last.rejected - first.rejected,
+            "length": tokens.set_index("prompt_id").value,
+        }
+        parts.append(pd.DataFrame(part).assign(**{f"seed_{seed}": 1.0}))
+    data = pd.concat(parts).fillna(0.0).rename_axis("prompt_id").reset_index()
+    prompts = data.groupby("prompt_id", observed=True).indices
+    random, names = np.random.default_rng(0), list(prompts)
+    slopes = []
+    for _ in range(draws):
+        drawn = np.concatenate([prompts[names[i]] for i in random.integers(len(names), size=len(names))])
+        slopes.append(_partial(data.iloc[drawn])[0])
+    slope, x, y = _partial(data)
+    return {"slope": slope, "interval": tuple(np.quantile(slopes, [0.025, 0.975])), "x": x, "y": y}
+
+
+def _partial(data: pd.DataFrame) -> tuple[float, np.ndarray, np.ndarray]:
+    """Slope of y on x with all other columns held fixed, and the residuals of both."""
+    controls = data.drop(columns=["prompt_id", "x", "y"]).to_numpy()
+    x, y = (data[name] - controls @ np.linalg.lstsq(controls, data[name], rcond=None)[0] for name in ("x", "y"))
+    return float(x @ y / (x @ x)), x.to_numpy(), y.to_numpy()
+
+
+def below_start(table: pd.DataFrame, split: str = "train") -> pd.Series:
+    """Share of chosen answers that end below where they started, for each seed."""
+    rows = dpo_baseline(table)
+    return pd.Series({seed: _below(part, split) for seed, part in rows.groupby("seed")})
+
+
+def _below(table: pd.DataFrame, split: str) -> float:
+    chosen = dpo_wide(table, split=split).chosen.unstack()
+    return float((chosen.iloc[-1] < chosen.iloc[0]).mean())
+
+
+def dpo_ends(table: pd.DataFrame, kinds=("chosen", "rejected", "chosen_semantic", "other_test")) -> pd.DataFrame:
+    """The end of every short run: a row with its settings, the end changes of types and of y* along PATHS, in nats."""
+    settings = [name for name in ("pairs", "sft_epochs", "lr", "beta") if name in table]
+    rows = []
+    for names, run in table[table.measure != "all"].groupby([*settings, "seed"], observed=True):
+        ends = {kind: _change(run, kind) for kind in kinds}
+        ends |= {f"y* along {path}": top_change(run, path) for path in PATHS}
+        rows.append(dict(zip([*settings, "seed"], names, strict=True)) | ends)
+    return pd.DataFrame(rows)
+
+
+def repetition_change(table: pd.DataFrame) -> tuple[float, float, float]:
+    """Change over DPO of the share of repeated 4-grams in greedy answers, with a 95% interval over prompts."""
+    rows = table[table.metric == "rep4"]
+    wide = rows.pivot_table(index=["seed", "prompt_id"], columns="step", values="value", observed=True)
+    change = wide.iloc[:, -1] - wide.iloc[:, 0]
+    half = t.ppf(0.975, len(change) - 1) * change.std() / np.sqrt(len(change))
+    return float(change.mean()), float(change.mean() - half), float(change.mean() + half)
