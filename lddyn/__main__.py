@@ -33,6 +33,12 @@ def parser() -> argparse.ArgumentParser:
 
     verdicts = commands.add_parser("claims", help="the verdict on every claim of the paper")
     verdicts.add_argument("--json", action="store_true")
+
+    bench = commands.add_parser("bench", help="measure the probing engine beside two other ways, in one run")
+    bench.add_argument("--repeats", type=int, default=3)
+    bench.add_argument("--device", default="cpu", help="cpu or cuda")
+    bench.add_argument("--threads", type=int, default=1)
+    bench.add_argument("--out", type=Path, help="JSON file (default: runs/bench.json)")
     return top
 
 
@@ -88,7 +94,21 @@ def _claims(a) -> int:
     return 0
 
 
-COMMANDS = {"run": _run, "parameters": _parameters, "book": _book, "status": _status, "claims": _claims}
+def _bench(a) -> int:
+    from lddyn import bench
+
+    print(bench.bench(a.repeats, a.device, a.threads, a.out))
+    return 0
+
+
+COMMANDS = {
+    "run": _run,
+    "parameters": _parameters,
+    "book": _book,
+    "status": _status,
+    "claims": _claims,
+    "bench": _bench,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

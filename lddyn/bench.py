@@ -1,8 +1,8 @@
-"""How fast the probing engine is, beside two other ways of computing the same numbers, as ratios within one run.
+"""How fast the probing engine is, beside two other ways to the same numbers, as ratios within one run.
 
-Three ways to measure twelve responses to each prompt (`WAYS`) take turns on the same random model and token ids. The
-ratios and the share of the machine's matrix-product rate are medians over the repeats; memory is the growth of a
-fresh process. One thread by default, because other work on the machine then disturbs least.
+The three ways (`WAYS`) measure twelve responses to each prompt in turn, on the same random model and tokens. Seconds
+are CPU seconds of one thread by default, which other work on the machine disturbs least; ratios and shares are
+medians over the repeats; memory is what a fresh process gains.
 """
 
 import json
@@ -13,96 +13,263 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from lddyn import probes, records
+from lddyn import InputError, probes, records
 from lddyn.logprobs import log1mexp
 from lddyn.probes import Encoded
 
-SHAPES = {
-    "built-in (128 x 4, V = 2,048)": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=2048),
-    "Pythia-70M (512 x 6, V = 50,304)": dict(
-        hidden_size=512, num_hidden_layers=6, num_attention_heads=8, vocab_size=50304
-    ),
+SHAPES = {  # width, layers, heads, vocabulary, prompts to measure
+    "built-in": (128, 4, 4, 2048, 48),
+    "Pythia-70M": (512, 6, 8, 50304, 6),
 }
-PROMPTS = {"built-in (128 x 4, V = 2,048)": 24, "Pythia-70M (512 x 6, V = 50,304)": 6}
 
 
-def random_model(shape: str) -> GPTNeoXForCausalLM:
-    """A GPT-NeoX of the named shape with random weights, in evaluation mode."""
+def random_model(shape: str, device: str = "cpu") -> GPTNeoXForCausalLM:
+    """A GPT-NeoX with random weights, of the size of the built-in model or of Pythia-70M."""
+    width, layers, heads, vocabulary, _ = SHAPES[shape]
     torch.manual_seed(0)
-    size = SHAPES[shape]
-    config = GPTNeoXConfig(**size, intermediate_size=4 * size["hidden_size"], initializer_range=0.05)
-    return GPTNeoXForCausalLM(config).eval()
+    config = GPTNeoXConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=vocabulary,
+        initializer_range=0.05,
+    )
+    return GPTNeoXForCausalLM(config).eval().to(device)
 
 
-def random_probes(vocabulary: int, prompts: int) -> Encoded:
-    """Prompts of 25 to 64 tokens, each with twelve responses of 25 to 65 tokens."""
+def random_probes(vocabulary: int, prompts: int, prompt_tokens=(25, 64), response_tokens=(25, 65)) -> Encoded:
+    """Prompts of random tokens, each with twelve responses; lengths uniform in the given ranges."""
     generator = torch.Generator().manual_seed(0)
 
     def text(low: int, high: int) -> list[int]:
         length = torch.randint(low, high + 1, (1,), generator=generator).item()
         return torch.randint(vocabulary, (length,), generator=generator).tolist()
 
-    heads = [text(25, 64) for _ in range(prompts)]
-    responses = {kind: [text(25, 65) for _ in range(prompts)] for kind in probes.RESPONSE_TYPES}
+    heads = [text(*prompt_tokens) for _ in range(prompts)]
+    responses = {kind: [text(*response_tokens) for _ in range(prompts)] for kind in probes.RESPONSE_TYPES}
     return Encoded([f"{i:05d}" for i in range(prompts)], heads, responses)
 
 
-# --- three ways --------------------------------------------------------------------------------------------
+# --- three ways to log pi(y), log pi(y*) and the rest ------------------------------------------------------
+
+Sums = dict[tuple[int, str], list[float]]  # (prompt, response type): [logp_sum, argmax_logp_sum, ...]
 
 
 @torch.no_grad()
-def one_by_one(model, encoded: Encoded) -> dict[tuple[int, str], float]:
-    """As the authors' evaluation does it: one response type after the other, batches of one (the default of their
+def one_by_one(model, encoded: Encoded) -> Sums:
+    """As in the authors' evaluation: one response type after the other in batches of one (the default of their
     configuration), logits of all positions, full log-softmax, softmax and one-hot copies."""
     sums = {}
     for kind, responses in encoded.responses.items():
         for i, (prompt, response) in enumerate(zip(encoded.prompts, responses, strict=True)):
-            ids = torch.tensor([prompt + response])
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()[:, :-1]  # (1, tokens, V)
+            ids, mask = probes._padded([prompt + response], model.device)
+            logits = model(input_ids=ids, attention_mask=mask).logits.float()[:, :-1]  # (1, tokens, V)
             targets = ids[:, 1:]
-            wanted = torch.arange(targets.shape[1]) >= len(prompt) - 1
+            wanted = torch.arange(targets.shape[1], device=ids.device) >= len(prompt) - 1
             logps, p = logits.log_softmax(-1), logits.softmax(-1)
             logp = logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
             best = logps.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
             one_hot = torch.nn.functional.one_hot(targets, logits.shape[-1])
             measured = [logp, best, (1 - best.exp()).log(), p.norm(dim=-1), (p - one_hot).norm(dim=-1)]
-            sums[i, kind] = [(quantity * wanted).sum().item() for quantity in measured][0]
+            sums[i, kind] = [(quantity * wanted).sum().item() for quantity in measured]
     return sums
 
 
 @torch.no_grad()
-def batched(model, encoded: Encoded, batch_size: int = 32) -> dict[tuple[int, str], float]:
+def batched(model, encoded: Encoded, batch_size: int = 32) -> Sums:
     """As one would write it with transformers: padded batches of similar length, log-softmax of all positions."""
     texts = [(i, kind, encoded.prompts[i], r) for kind, each in encoded.responses.items() for i, r in enumerate(each)]
     texts.sort(key=lambda text: len(text[2]) + len(text[3]))
     sums = {}
     for start in range(0, len(texts), batch_size):
         rows = texts[start : start + batch_size]
-        ids, mask = probes._padded([prompt + response for *_, prompt, response in rows], "cpu")
+        ids, mask = probes._padded([prompt + response for *_, prompt, response in rows], model.device)
         logps = model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)  # (rows, tokens, V)
         p, targets = logps.exp(), ids[:, 1:].unsqueeze(-1)
-        places = torch.arange(ids.shape[1] - 1)
-        starts = torch.tensor([len(prompt) - 1 for *_, prompt, _ in rows]).unsqueeze(1)
+        places = torch.arange(ids.shape[1] - 1, device=ids.device)
+        starts = torch.tensor([len(prompt) - 1 for *_, prompt, _ in rows], device=ids.device).unsqueeze(1)
         wanted = (places >= starts) & (places < mask.sum(1, keepdim=True) - 1)
-        logp, best = logps.gather(-1, targets), logps.amax(-1)
-        sq_norm = p.square().sum(-1)
+        logp, best, sq_norm = logps.gather(-1, targets), logps.amax(-1), p.square().sum(-1)
         measured = [logp.squeeze(-1), best, log1mexp(best), -(p * logps).sum(-1), sq_norm]
         measured += [(sq_norm - 2 * logp.exp().squeeze(-1) + 1).sqrt(), (logps > logp).sum(-1)]
-        values = [torch.where(wanted, quantity, 0).sum(1) for quantity in measured][0]
-        sums |= {(i, kind): value for (i, kind, *_), value in zip(rows, values.tolist(), strict=True)}
+        values = torch.stack([(quantity * wanted).sum(1) for quantity in measured], 1).tolist()
+        sums |= {(i, kind): value for (i, kind, *_), value in zip(rows, values, strict=True)}
     return sums
 
 
-def shared(model, encoded: Encoded) -> dict[tuple[int, str], float]:
+def shared(model, encoded: Encoded) -> Sums:
     """`probes.measure`: each prompt once, the output layer on response positions only."""
-    table = probes.measure(model, encoded)
-    logp = table[table.metric == "logp_sum"]
-    return {
-        (int(i), kind): value for i, kind, value in zip(logp.prompt_id, logp.response_type, logp.value, strict=True)
-    }
+    table = probes.measure(model, encoded).pivot(index=["prompt_id", "response_type"], columns="metric", values="value")
+    values = table[["logp_sum", "argmax_logp_sum"]].to_numpy().tolist()
+    return {(int(i), kind): value for (i, kind), value in zip(table.index, values, strict=True)}
 
 
 WAYS = {"the authors' way": one_by_one, "plain batches": batched, "shared prompts": shared}
+
+
+# --- clocks and counters -----------------------------------------------------------------------------------
+
+
+def seconds(function, device: str) -> tuple[float, object]:
+    """CPU seconds of this process with one thread, else wall-clock seconds; and what the function returned."""
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    result = function()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return clock() - start, result
+
+
+def matrix_rate(device: str) -> float:
+    """Floating-point operations a second in a 1,024 x 1,024 float32 matrix product; the best of ten."""
+    a = torch.randn(1024, 1024, device=device)
+    return 2 * 1024**3 / min(seconds(lambda: a @ a, device)[0] for _ in range(10))
+
+
+def unique_operations(shape: str, encoded: Encoded) -> int:
+    """Operations that cannot be avoided: matrix products for each distinct position (its weights, its attention to what
+    came before) and the output layer for each distinct prediction. A response's last token is only predicted."""
+    width, layers, _, vocabulary, _ = SHAPES[shape]
+    positions = context = predictions = 0
+    for i, prompt in enumerate(encoded.prompts):
+        p, later = len(prompt), [len(responses[i]) - 1 for responses in encoded.responses.values()]
+        positions += p + sum(later)
+        context += p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in later)
+        predictions += 1 + sum(later)
+    return layers * (24 * width**2 * positions + 4 * width * context) + 2 * width * vocabulary * predictions
+
+
+def in_fresh_process(way: str, shape: str, prompts: int, device: str, threads: int) -> dict:
+    """Run one way in a process of its own; returns its `seconds` and the `memory_mb` that it gained."""
+    words = [sys.executable, "-m", "lddyn.bench", way, shape, str(prompts), device, str(threads)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _one(way: str, shape: str, prompts: str, device: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))
+    model = random_model(shape, device)
+    encoded = random_probes(model.config.vocab_size, int(prompts))
+    WAYS[way](model, random_probes(model.config.vocab_size, 1, (2, 2), (2, 2)))  # what the libraries load at first
+
+    def gained() -> float:
+        return torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else records.peak_memory_mb()
+
+    before = gained() if device == "cpu" else torch.cuda.memory_allocated() / 2**20
+    spent, _ = seconds(lambda: WAYS[way](model, encoded), device)
+    print(json.dumps({"seconds": spent, "memory_mb": round(gained() - before)}))
+
+
+# --- the report --------------------------------------------------------------------------------------------
+
+
+def compare(shape: str, repeats: int, device: str, prompts: int | None = None, **lengths) -> list[dict]:
+    """The three ways in turn, `repeats` times. One row each: seconds, ratios to the shared way, share, difference."""
+    model = random_model(shape, device)
+    encoded = random_probes(model.config.vocab_size, prompts or SHAPES[shape][-1], **lengths)
+    spent, results, rates = {way: [] for way in WAYS}, {}, []
+    for way in WAYS.values():
+        way(model, encoded.only("00000"))
+    shared(model, encoded)  # checks the model, which happens once
+    for _ in range(repeats):
+        rates.append(matrix_rate(device))
+        for name, way in WAYS.items():
+            time_, results[name] = seconds(lambda way=way: way(model, encoded), device)
+            spent[name].append(time_)
+    tokens = {(i, kind): len(r) for kind, each in encoded.responses.items() for i, r in enumerate(each)}
+    work = unique_operations(shape, encoded)
+    rows = []
+    for name in WAYS:
+        pairs = [(results[name][key], results["shared prompts"][key], n) for key, n in tokens.items()]
+        rows.append(
+            {
+                "model": shape,
+                "way": name,
+                "prompts": len(encoded.prompts),
+                "seconds": statistics.median(spent[name]),
+                "ratio": statistics.median(a / b for a, b in zip(spent[name], spent["shared prompts"], strict=True)),
+                "share": statistics.median(work / s / rate for s, rate in zip(spent[name], rates, strict=True)),
+                "difference": max(abs(a[k] - b[k]) / n for a, b, n in pairs for k in (0, 1)),  # nats per token
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict], columns: dict[str, tuple[str, str]]) -> str:
+    """Rows as a Markdown table; `columns` maps a key to its heading and format."""
+    lines = [[heading for heading, _ in columns.values()], ["---"] * len(columns)]
+    lines += [[format(row[key], style) for key, (_, style) in columns.items()] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | None = None) -> str:
+    """Measure everything; write it as JSON to `out` (default `runs/bench.json`) and return it as Markdown.
+
+    Raises `InputError` for a device that is not there.
+    """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} is not available (allowed: cpu)")
+    torch.set_num_threads(threads)
+    out = out or records.runs_root() / "bench.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Memory first: on Linux a new process starts with its parent's peak.
+    growth = [
+        {"prompts": n, **in_fresh_process("shared prompts", "built-in", n, device, threads)} for n in (48, 192, 768)
+    ]
+    memory = {
+        (shape, way): in_fresh_process(way, shape, SHAPES[shape][-1], device, threads)["memory_mb"]
+        for shape in SHAPES
+        for way in WAYS
+    }
+    ways = [row for shape in SHAPES for row in compare(shape, repeats, device)]
+    ways = [row | {"memory_mb": memory[row["model"], row["way"]]} for row in ways]
+    lengths = []
+    for n in (32, 64, 128, 256):
+        ratios = {row["way"]: row["ratio"] for row in compare("built-in", repeats, device, 6, prompt_tokens=(n, n))}
+        lengths.append({"prompt_tokens": n, "authors": ratios["the authors' way"], "plain": ratios["plain batches"]})
+    growth = [row | {"each": 1e3 * row["seconds"] / row["prompts"]} for row in growth]
+    setting = {"device": device, "threads": threads, "repeats": repeats, "matrix_gflops": matrix_rate(device) / 1e9}
+    records.write_json(out, {**setting, "ways": ways, "prompt_lengths": lengths, "growth": growth})
+    unit = "CPU s" if device == "cpu" and threads == 1 else "s"
+    parts = [
+        f"{device}, {threads} thread{'s' * (threads > 1)}, {setting['matrix_gflops']:.0f} GFLOP/s in a matrix product",
+        table(
+            ways,
+            {
+                "model": ("model", ""),
+                "way": ("way", ""),
+                "seconds": (unit, ".2f"),
+                "ratio": ("times shared", ".2f"),
+                "memory_mb": ("memory, MiB", "d"),
+                "share": ("share of the matrix rate", ".0%"),
+                "difference": ("largest difference, nats per token", ".0e"),
+            },
+        ),
+        "The built-in model with longer prompts:",
+        table(
+            lengths,
+            {
+                "prompt_tokens": ("prompt tokens", "d"),
+                "authors": ("the authors' way, times shared", ".2f"),
+                "plain": ("plain batches, times shared", ".2f"),
+            },
+        ),
+        "Cost and memory of shared prompts, built-in model:",
+        table(
+            growth,
+            {
+                "prompts": ("prompts", "d"),
+                "seconds": (unit, ".2f"),
+                "each": ("milliseconds a prompt", ".1f"),
+                "memory_mb": ("memory, MiB", "d"),
+            },
+        ),
+    ]
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    _one(*sys.argv[1:])

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -46,6 +47,7 @@ METRICS = ["logp_sum", "logp_mean", "argmax_logp_sum", "argmax_logp_mean", "rest
 METRICS += ["sq_norm_mean", "a_norm_mean", "residual_norm_mean", "rank_mean", "tokens"]
 BATCH_TOKENS = {"cpu": 2048, "cuda": 2**15}
 TOLERANCE = {torch.bfloat16: 0.25, torch.float16: 0.05}  # nats per token, where it is not 1e-4
+_checked = WeakKeyDictionary()  # model: ((dtype, attention, ...), longest text in tokens, why it cannot share)
 
 
 # --- what is probed ----------------------------------------------------------------------------------------
@@ -94,35 +96,50 @@ class ProbeSet:
             object.__setattr__(self, "prompt_ids", [f"{i:05d}" for i in range(len(self.prompts))])
         if not self.prompts or not self.responses:
             raise InputError("a probe set needs at least one prompt and one response type")
+        for prompt_id, prompt in zip(self.prompt_ids, self.prompts, strict=False):
+            if not prompt.strip():
+                raise InputError(f"prompt {prompt_id!r} is empty")
         for kind in self.responses:
             if kind not in RESPONSE_TYPES:
                 raise unknown("response type", kind, RESPONSE_TYPES)
-        for name, texts in [("prompt_ids", set(self.prompt_ids)), *self.responses.items()]:
+        for name, texts in {"different prompt_ids": set(self.prompt_ids), **self.responses}.items():
             if len(texts) != len(self.prompts):
-                raise InputError(f"{len(self.prompts)} prompts, but {len(texts)} different {name}")
+                raise InputError(f"{len(self.prompts)} prompts, but {len(texts)} {name}")
 
     @classmethod
-    def from_jsonl(cls, path: Path | str) -> "ProbeSet":
+    def from_jsonl(cls, path: Path | str, strict: bool = True) -> "ProbeSet":
         """Read a JSON Lines file: `prompt`, response types under our names or the authors', perhaps `prompt_id`.
 
         The types of the first row are those of the set; other fields (the authors' `chosen_selfr`) are left out.
-        Raises `InputError` naming file and line for a row that is not such an object, lacks one of the
-        types, holds something else than text, an empty text, or a chosen equal to the rejected.
+        A row that is not such an object, lacks one of the types, holds something else than text, an empty text, or
+        a chosen equal to the rejected raises `InputError` naming file and line; with `strict=False` such
+        rows are skipped and one warning counts them.
         """
-        path, rows = Path(path), []
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also split at U+2028
+            lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would also split at U+2028
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read probes from {path}: {error}") from error
+        names, texts, skipped = [], [], []
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                rows.append(_row(line, f"{path}, line {number}", f"{len(rows):05d}", rows[0][1] if rows else None))
-        if not rows:
+            if not line.strip():
+                continue
+            try:
+                name, row = _row(line, f"{path}, line {number}", texts[0] if texts else None)
+            except InputError as error:
+                if strict:
+                    raise InputError(f"{error} (strict=False skips such rows)") from None
+                skipped.append(error)
+                continue
+            names.append(name or f"{len(names):05d}")
+            texts.append(row)
+        if skipped:
+            warnings.warn(f"{path}: skipped {len(skipped)} bad rows; the first: {skipped[0]}", stacklevel=2)
+        if not texts:
             raise InputError(f"{path}: no rows")
-        names, texts = zip(*rows, strict=True)
         if len(set(names)) < len(names):
             raise InputError(f"{path}: the same prompt_id twice, {max(names, key=names.count)!r}")
-        return cls([t["prompt"] for t in texts], _columns(texts), list(names))
+        responses = {kind: [row[kind] for row in texts] for kind in RESPONSE_TYPES if kind in texts[0]}
+        return cls([row["prompt"] for row in texts], responses, names)
 
     def encode(self, tokenizer, max_prompt: int = 256, max_response: int = 256) -> Encoded:
         """Tokenise once: the end of each prompt; the start of each response, with end of text if all of it fits.
@@ -151,15 +168,16 @@ class ProbeSet:
         return Encoded(self.prompt_ids, prompts, {kind: encode(r) for kind, r in self.responses.items()})
 
 
-def _row(line: str, where: str, number: str, first: dict | None) -> tuple[str, dict[str, str]]:
+def _row(line: str, where: str, first: dict | None) -> tuple[str, dict[str, str]]:
+    """The name of a row ("" when it has none) and its texts under our names."""
     try:
         row = json.loads(line)
     except ValueError as error:
         raise InputError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: not an object with a prompt and responses")
-    aliases = {alias: kind for kind, names in RESPONSE_TYPES.items() for alias in (kind, *names)} | {"prompt": "prompt"}
-    texts = {aliases[name]: text for name, text in row.items() if name in aliases}
+    ours = {name: kind for kind, names in RESPONSE_TYPES.items() for name in (kind, *names)} | {"prompt": "prompt"}
+    texts = {ours[name]: text for name, text in row.items() if name in ours}
     for name in first or ("prompt",):
         if name not in texts:
             raise InputError(f"{where}: no field {name!r}")
@@ -170,13 +188,9 @@ def _row(line: str, where: str, number: str, first: dict | None) -> tuple[str, d
             raise InputError(f"{where}: field {name!r}, which the first row does not have")
         if not isinstance(texts[name], str) or not texts[name].strip():
             raise InputError(f"{where}: {name!r} must be text that is not empty, not {texts[name]!r}")
-    if texts.get("chosen", "").strip() == texts.get("rejected", " ").strip():
+    if {"chosen", "rejected"} <= texts.keys() and texts["chosen"].strip() == texts["rejected"].strip():
         raise InputError(f"{where}: chosen and rejected are equal")
-    return str(row.get("prompt_id", number)), texts
-
-
-def _columns(texts: Sequence[dict[str, str]]) -> dict[str, list[str]]:
-    return {kind: [t[kind] for t in texts] for kind in RESPONSE_TYPES if kind in texts[0]}
+    return str(row.get("prompt_id", row.get("id", ""))), texts
 
 
 # --- how likely the model finds it -------------------------------------------------------------------------
@@ -191,9 +205,9 @@ def measure(model, encoded: Encoded, batch_tokens: int | None = None, share: boo
     `a_norm_mean` (||A||_F = sqrt(V - 2 + V ||pi||^2), appendix C); `residual_norm_mean` (||pi - e_y||);
     `rank_mean` (0 is the arg max); `tokens`.
 
-    Where the model cannot share a prompt between its responses (checked at each call, on two texts, against one
-    sequence at a time), all texts are computed in full and one warning says why. `batch_tokens` bounds the
-    memory. Raises `InputError` when a text does not fit the model.
+    Where the model cannot share a prompt between its responses (checked at the first call, on two texts, against
+    one sequence at a time), all texts are computed in full and a warning says why; with `share=False` they are
+    without one. `batch_tokens` bounds the memory. Raises `InputError` when a text does not fit the model.
     """
     kinds = list(encoded.responses)
     values = np.zeros((len(encoded.prompts) * len(kinds), len(METRICS)))
@@ -253,7 +267,7 @@ def _walk(model, encoded: Encoded, batch_tokens: int | None, share: bool) -> Wal
     texts = [(prompt, response) for prompt, each in enumerate(responses) for response in each]
     _check_fits(model, encoded, texts)
     budget = batch_tokens or BATCH_TOKENS.get(model.device.type, 2048)
-    why_not = _why_not_shared(model, prompts, texts) if share else None
+    why_not = _sharing(model, prompts, texts) if share else None
     if why_not:
         name, cost = type(model).__name__, "each text is computed in full, which takes longer"
         warnings.warn(f"{name} cannot share a prompt between its responses ({why_not}): {cost}", stacklevel=3)
@@ -274,7 +288,8 @@ def _shared(model, prompts, texts, wanted, budget: int) -> Walk:
         hidden = body(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state  # (prompts, P, width)
-        last = hidden[torch.arange(len(chunk)), mask.sum(1) - 1]  # predicts the first token of each response
+        ends = mask.sum(1) - 1
+        last = hidden[torch.arange(len(chunk), device=ends.device), ends]  # predicts the first token of each response
         place = {p: i for i, p in enumerate(chunk)}
         mine = [text for p in chunk for text in of_prompt[p]]
         for rows in _batches(mine, lambda text, width=width: width + len(texts[text][1]), budget):
@@ -355,23 +370,35 @@ def _config(model):
     return getattr(model, "module", model).config.get_text_config()
 
 
+def _sharing(model, prompts, texts) -> str | None:
+    """Why this model cannot share prompts, or None; checked once for a model, and again for longer texts."""
+    state = model.dtype, model.device, _config(model)._attn_implementation
+    longest = max(len(prompts[prompt]) + len(response) for prompt, response in texts)
+    then, verified, why_not = _checked.get(model, (None, 0, None))
+    if then != state or verified < longest:
+        why_not = _why_not_shared(model, prompts, texts)
+        _checked[model] = state, longest, why_not
+    return why_not
+
+
 def _why_not_shared(model, prompts, texts) -> str | None:
     """Compare both ways on the longest response to the shortest and to the longest prompt; None where they agree."""
     ends = {pick(range(len(prompts)), key=lambda p: len(prompts[p])) for pick in (min, max)}
     few = [max((i for i, (p, _) in enumerate(texts) if p == end), key=lambda i: len(texts[i][1])) for end in ends]
     exact = {rows[0]: stats.logp for rows, _, stats in _plain(model, prompts, texts, few, budget=1)}
+    tf32 = model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    tolerance = TOLERANCE.get(model.dtype, 0.05 if tf32 else 1e-4)
     try:
         body, head = _body_and_head(model)
-        ids, mask = _padded([prompts[texts[few[0]][0]] + texts[few[0]][1]], model.device)
-        apart = head(body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state)
-        if not torch.allclose(apart, model(input_ids=ids, attention_mask=mask, use_cache=False).logits, atol=1e-3):
+        prompt, response = prompts[texts[few[0]][0]], texts[few[0]][1]
+        hidden = body(input_ids=_padded([prompt + response], model.device)[0], use_cache=False).last_hidden_state
+        logp = _through_head(head, hidden[0, len(prompt) - 1 : -1], torch.tensor(response, device=model.device)).logp
+        if not torch.allclose(logp, exact[few[0]], rtol=0, atol=tolerance / 10):
             return "its logits are more than its output layer applied to its last hidden state"
         for rows, _, stats in _shared(model, prompts, texts, few, budget=2**30):
             worst = (stats.logp - torch.cat([exact[row] for row in rows])).abs().max().item()
     except Exception as error:  # whatever a model that was not written for this raises
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    rounded = model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    tolerance = TOLERANCE.get(model.dtype, 0.05 if rounded else 1e-4)
     return None if worst <= tolerance else f"the two ways differ by {worst:.2g} nats a token"
 
 
