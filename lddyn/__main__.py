@@ -97,7 +97,7 @@ def _claims(a) -> int:
 def _bench(a) -> int:
     from lddyn import bench
 
-    print(bench.bench(a.repeats, a.device, a.threads, a.out))
+    print(bench.report(bench.bench(a.repeats, a.device, a.threads, a.out)))
     return 0
 
 

@@ -205,8 +205,8 @@ def table(rows: list[dict], columns: dict[str, tuple[str, str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | None = None) -> str:
-    """Measure everything; write it as JSON to `out` (default `runs/bench.json`) and return it as Markdown.
+def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | None = None) -> dict:
+    """Measure everything and write it as JSON to `out` (default `runs/bench.json`); `report` makes it readable.
 
     Raises `InputError` for a device that is not there.
     """
@@ -232,12 +232,21 @@ def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | N
         lengths.append({"prompt_tokens": n, "authors": ratios["the authors' way"], "plain": ratios["plain batches"]})
     growth = [row | {"each": 1e3 * row["seconds"] / row["prompts"]} for row in growth]
     setting = {"device": device, "threads": threads, "repeats": repeats, "matrix_gflops": matrix_rate(device) / 1e9}
-    records.write_json(out, {**setting, "ways": ways, "prompt_lengths": lengths, "growth": growth})
+    setting |= {"recorded": records.now(), "git": records.git_state(), "versions": records.versions("lddyn.probes")}
+    measured = {**setting, "ways": ways, "prompt_lengths": lengths, "growth": growth}
+    records.write_json(out, measured)
+    return measured
+
+
+def report(measured: dict) -> str:
+    """What `bench` measured, as Markdown."""
+    device, threads = measured["device"], measured["threads"]
     unit = "CPU s" if device == "cpu" and threads == 1 else "s"
+    rate = f"{measured['matrix_gflops']:.0f} GFLOP/s in a matrix product"
     parts = [
-        f"{device}, {threads} thread{'s' * (threads > 1)}, {setting['matrix_gflops']:.0f} GFLOP/s in a matrix product",
+        f"{device}, {threads} thread{'s' * (threads > 1)}, {rate}, {measured['recorded'][:10]}",
         table(
-            ways,
+            measured["ways"],
             {
                 "model": ("model", ""),
                 "way": ("way", ""),
@@ -250,7 +259,7 @@ def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | N
         ),
         "The built-in model with longer prompts:",
         table(
-            lengths,
+            measured["prompt_lengths"],
             {
                 "prompt_tokens": ("prompt tokens", "d"),
                 "authors": ("the authors' way, times shared", ".2f"),
@@ -259,7 +268,7 @@ def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | N
         ),
         "Cost and memory of shared prompts, built-in model:",
         table(
-            growth,
+            measured["growth"],
             {
                 "prompts": ("prompts", "d"),
                 "seconds": (unit, ".2f"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from lddyn import claims, display, figures, preferences, records, runner, unknown
+from lddyn import bench, claims, display, figures, preferences, records, runner, unknown
 
 BOOK = records.ROOT / "book"
 EXECUTED = BOOK / "notebooks"
@@ -172,10 +172,11 @@ def write_data_card() -> None:
         "data_card.md",
         f"""# Data card: the built-in preference set
 
-**What.** Questions of people who write code, with two answers each: `chosen` fits the question, `rejected` does not. For the
-training and test questions both answers also have a rephrasing that keeps the meaning (`_semantic`) and one that keeps the
-form and changes the meaning (`_format`), and there is an unrelated human sentence. Python, tools, scientific
-computing, statistics, data, machine learning, and everyday life around them. American English.
+**What.** Questions of people who write code, with two answers each: `chosen` fits the question, `rejected` does
+not. For the training and test questions both answers also have a rephrasing that keeps the meaning
+(`_semantic`) and one that keeps the form and changes the meaning (`_format`), and there is an unrelated human
+sentence. Python, tools, scientific computing, statistics, data, machine learning, and everyday life around
+them. American English.
 
 | split | questions | words of chosen | words of rejected |
 |---|---|---|---|
@@ -183,22 +184,32 @@ computing, statistics, data, machine learning, and everyday life around them. Am
 
 `pretrain` is read only by the built-in model's pre-training; `test` is never trained on.
 
-**How it was written.** For this companion, one item at a time, in several voices, with the help of a language model; nothing is copied from
-another data set. Two answers of the same voice, length and vocabulary were written first, and then the question for which one of
-them is right; which one was fixed beforehand, item by item. In most pairs the rejected answer is true and useful, for another case; in some it has one
-wrong step; in a few it is vague or beside the point, in a register that both answers share.
+**How it was written.** For this companion, one item at a time, in several voices, with the help of a language
+model; nothing is copied from another data set. Two answers of the same voice, length and vocabulary were
+written first, and then the question for which one of them is right; which one was fixed beforehand, item by
+item. In most pairs the rejected answer is true and useful, for another case; in some it has one wrong step; in
+a few it is vague or beside the point, in a register that both answers share.
 
-**Why so.** Where a classifier can tell chosen from rejected without the question, a small model finds that one direction and DPO
-lowers everything together. Here TF-IDF and logistic regression, five folds grouped by question, reach an accuracy of {by_word:.2f} on words
-and {by_character:.2f} on characters, where 0.50 is chance; a test holds both at or below 0.60. `preferences.style_accuracy` measures your own data.
+**Why so.** Where a classifier can tell chosen from rejected without the question, a small model finds that one
+direction and DPO lowers everything together. Here TF-IDF and logistic regression, five folds grouped by
+question, reach an accuracy of {by_word:.2f} on words and {by_character:.2f} on characters, where 0.50 is
+chance; a test holds both at or below 0.60. `preferences.style_accuracy` measures your own data.
 
-**Known weaknesses.** Facts about code were run in part, not all. Rephrases were written by the same writers as the answers, so there is no foreign author's
-fingerprint to find. Form-keeping rephrases of answers with inline code read oddly. The domain is narrow. It is made for measuring learning
-dynamics, not for aligning a model.
+**Known weaknesses.** Facts about code were run in part, not all. Rephrases were written by the same writers as
+the answers, so there is no foreign author's fingerprint to find. Form-keeping rephrases of answers with inline
+code read oddly. The domain is narrow. It is made for measuring learning dynamics, not for aligning a model.
 
 **Licence.** MIT, as the rest; `lddyn/data/preferences.jsonl`.
 """,
     )
+
+
+def write_bench() -> None:
+    """The speed table of the page `run_it`: this machine's `make bench`, or the one that was recorded in `book/`."""
+    own = records.runs_root() / "bench.json"
+    measured = json.loads((own if own.exists() else BOOK / "bench.json").read_text())
+    whose = "on this machine" if own.exists() else "on the authors of this companion's machine"
+    _write("bench.md", f"Measured {whose}: {bench.report(measured)}\n")
 
 
 def _write(name: str, text: str) -> None:
@@ -223,6 +234,7 @@ def build(scale: str, force: bool = False) -> int:
     write_scorecard(claims.verdicts(shown))
     write_status()
     write_data_card()
+    write_bench()
     return render()
 
 

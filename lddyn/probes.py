@@ -26,22 +26,8 @@ from transformers import DynamicCache
 
 from lddyn import InputError, unknown
 from lddyn.logprobs import AT_ONCE, TokenStats, token_stats
+from lddyn.preferences import RESPONSE_TYPES
 
-# our name: the names in the authors' files
-RESPONSE_TYPES = {
-    "chosen": (),
-    "chosen_initial": (),
-    "chosen_semantic": ("chosen_gptsemantic",),
-    "chosen_format": ("chosen_gptformat",),
-    "rejected": (),
-    "rejected_semantic": ("reject_gptsemantic", "rejected_gptsemantic"),
-    "rejected_format": ("reject_gptformat", "rejected_gptformat"),
-    "other_train": ("irr_train",),
-    "other_test": ("irr_test",),
-    "unrelated": ("irr_hum",),
-    "chosen_shuffled": ("random_permute",),
-    "test_shuffled": ("random_nonhum",),
-}
 QUANTITIES = ["logp", "argmax_logp", "rest_logp", "entropy", "sq_norm", "a_norm", "residual_norm", "rank"]
 METRICS = ["logp_sum", "logp_mean", "argmax_logp_sum", "argmax_logp_mean", "rest_logp_sum", "entropy_mean"]
 METRICS += ["sq_norm_mean", "a_norm_mean", "residual_norm_mean", "rank_mean", "tokens"]

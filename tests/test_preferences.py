@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from lddyn import InputError, preferences, probes
+from lddyn import InputError, preferences
 from lddyn.preferences import load, response_types, style_accuracy
 
 AUTHORS_FILE = Path(__file__).parents[2] / "shared" / "data" / "authors" / "formal_prob_train.jsonl"
@@ -135,10 +135,6 @@ def test_the_authors_file_gives_all_twelve_types():
 
 
 # --- response types ----------------------------------------------------------------------------------------
-
-
-def test_probes_and_preferences_know_the_same_types():
-    assert probes.RESPONSE_TYPES == preferences.RESPONSE_TYPES
 
 
 def test_other_train_is_never_the_own_answer():
