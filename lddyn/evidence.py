@@ -12,6 +12,7 @@ import pandas as pd
 from scipy.stats import rankdata, spearmanr, t
 
 from lddyn import InputError
+from lddyn.preferences import RESPONSE_TYPES
 
 PAIRS = np.triu_indices(10, 1)
 
@@ -434,20 +435,7 @@ def shuffled_raises_others(table: pd.DataFrame) -> float:
     return float((column > 0).sum())
 
 
-AUTHORS_KEYS = {
-    "chosen": "chosen",
-    "chosen_initial": "chosen_initial",
-    "chosen_semantic": "chosen_gptsemantic",
-    "chosen_format": "chosen_gptformat",
-    "rejected": "rejected",
-    "rejected_semantic": "reject_gptsemantic",
-    "rejected_format": "reject_gptformat",
-    "other_train": "irr_train",
-    "other_test": "irr_test",
-    "unrelated": "irr_hum",
-    "chosen_shuffled": "random_permute",
-    "test_shuffled": "random_nonhum",
-}
+AUTHORS_KEYS = {kind: (names or (kind,))[0] for kind, names in RESPONSE_TYPES.items()}
 
 
 def authors_log(path: Path | str, metric: str = "logp_sum") -> pd.DataFrame:
@@ -495,17 +483,17 @@ def dpo_baseline(table: pd.DataFrame) -> pd.DataFrame:
     return table[table.measure == "all"] if "measure" in table else table
 
 
-def dpo_cell(table: pd.DataFrame, **changed) -> pd.DataFrame:
-    """The short runs with the baseline's pairs, SFT, learning rate and beta, but for what is `changed`."""
-    short, first = table[table.measure != "all"], dpo_baseline(table).iloc[0]
+def dpo_vary(table: pd.DataFrame, *free: str) -> pd.DataFrame:
+    """The short runs, out of a table or of `dpo_ends`, that differ from their centre in the settings `free` alone.
+
+    The centre has the commonest value of each setting: the designs cross there.
+    """
+    short = table[table.measure != "all"] if "measure" in table else table
+    keep = np.ones(len(short), dtype=bool)
     for name in ("pairs", "sft_epochs", "lr", "beta"):
-        if name in table:
-            short = short[short[name] == changed.get(name, first[name])]
-    return short
-
-
-def _levels(table: pd.DataFrame, name: str) -> list:
-    return sorted(table[name].unique())
+        if name in short and name not in free:
+            keep &= (short[name] == short[name].mode()[0]).to_numpy()
+    return short[keep]
 
 
 def _order(values: pd.Series) -> float:
@@ -560,8 +548,8 @@ def dpo_chosen_over_rejected(table: pd.DataFrame) -> float:
 
 def dpo_rephrases_where_chosen_is_up(table: pd.DataFrame) -> float:
     """Mean change of chosen_semantic wherever (prompt, evaluation) the chosen answer is above its start, nats."""
-    wide = dpo_wide(dpo_baseline(table))
-    change = wide - wide.loc[wide.index[0][0]].reindex(wide.index, level="prompt_id")
+    wide = dpo_wide(dpo_baseline(table))[["chosen", "chosen_semantic"]].unstack()
+    change = (wide - wide.iloc[0]).stack(future_stack=True)
     return float(change.chosen_semantic[change.chosen > 0].mean())
 
 
@@ -612,10 +600,10 @@ def dpo_top_minus_sft_chosen(table: pd.DataFrame) -> float:
 
     The SFT is that between the starts of two short runs: from no SFT, and from the shortest.
     """
-    none, short = _levels(table[table.measure != "all"], "sft_epochs")[:2]
-    start = {n: curve(dpo_cell(table, sft_epochs=n), "chosen").iloc[0] for n in (none, short)}
+    starts = {n: curve(run, "chosen").iloc[0] for n, run in dpo_vary(table, "sft_epochs").groupby("sft_epochs")}
+    none, short = sorted(starts)[:2]
     epochs = dpo_baseline(table).epochs.iloc[0] if "epochs" in table else 1
-    return float(dpo_top_chosen(table) / epochs - (start[short] - start[none]) / (short - none))
+    return float(dpo_top_chosen(table) / epochs - (starts[short] - starts[none]) / (short - none))
 
 
 def dpo_margin_order(table: pd.DataFrame) -> float:
@@ -629,21 +617,16 @@ def dpo_late_change(table: pd.DataFrame) -> float:
     return max(float(c.iloc[-1] - c[c.index >= c.index[-1] / 2].iloc[0]) for c in halves)
 
 
-def dpo_sft_effect(table: pd.DataFrame) -> float:
-    """End change of chosen after the longest SFT minus that after the shortest, same short DPO, nats."""
-    short = table[table.measure != "all"]
-    ends = [_change(dpo_cell(table, sft_epochs=n), "chosen") for n in _levels(short, "sft_epochs")[1:]]
-    return ends[-1] - ends[0]
+def dpo_sft_effect(table: pd.DataFrame, *kinds: str) -> float:
+    """End change of types after the longest SFT minus that after the shortest one, in the same short DPO, nats."""
+    by_length = dpo_vary(table, "sft_epochs").groupby("sft_epochs")
+    ends = {n: np.mean([_change(run, kind) for kind in kinds or ["chosen"]]) for n, run in by_length if n}
+    return float(ends[max(ends)] - ends[min(ends)])
 
 
 def dpo_sft_effect_on_rest(table: pd.DataFrame) -> float:
-    """The same for the mean of the rephrase and unseen answers, nats."""
-    short, kinds = table[table.measure != "all"], ("chosen_semantic", "other_test")
-    ends = [
-        np.mean([_change(dpo_cell(table, sft_epochs=n), kind) for kind in kinds])
-        for n in _levels(short, "sft_epochs")[1:]
-    ]
-    return float(ends[-1] - ends[0])
+    """The same for the mean of the rephrase and of unseen answers."""
+    return dpo_sft_effect(table, "chosen_semantic", "other_test")
 
 
 def dpo_peakiness(table: pd.DataFrame) -> float:
@@ -667,16 +650,22 @@ def dpo_sign_delta_others(table: pd.DataFrame) -> float:
     return float(max(value for kind, value in sums.items() if kind in AUTHORS_KEYS and kind != "chosen"))
 
 
+def _by_rate(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The short runs at the largest and at the smallest learning rate."""
+    runs = dpo_vary(table, "lr")
+    return runs[runs.lr == runs.lr.max()], runs[runs.lr == runs.lr.min()]
+
+
 def dpo_lr_chosen(table: pd.DataFrame) -> float:
-    """End change of chosen at the largest learning rate minus that at the baseline's, short runs, nats."""
-    largest = _levels(table[table.measure != "all"], "lr")[-1]
-    return _change(dpo_cell(table, lr=largest), "chosen") - _change(dpo_cell(table), "chosen")
+    """End change of chosen at the largest learning rate minus that at the smallest, short runs, nats."""
+    large, small = _by_rate(table)
+    return _change(large, "chosen") - _change(small, "chosen")
 
 
 def dpo_lr_top(table: pd.DataFrame) -> float:
-    """End change of log pi(y*) along chosen at the largest learning rate, short runs, nats."""
-    largest = _levels(table[table.measure != "all"], "lr")[-1]
-    return top_change(dpo_cell(table, lr=largest), "chosen")
+    """The same for log pi(y*) along chosen."""
+    large, small = _by_rate(table)
+    return top_change(large, "chosen") - top_change(small, "chosen")
 
 
 def dpo_repetition(table: pd.DataFrame) -> float:
@@ -753,10 +742,41 @@ def dpo_ends(table: pd.DataFrame, kinds=("chosen", "rejected", "chosen_semantic"
     return pd.DataFrame(rows)
 
 
+def dpo_effects(ends: pd.DataFrame) -> pd.DataFrame:
+    """What moves the end change of y*: mean differences along PATHS in nats, with 95% intervals over seeds.
+
+    ends: rows of `dpo_ends`. A difference is taken within a seed; where other settings are crossed with it, it is
+    their mean. The kinds of pairs are compared at the large learning rate, where all effects are larger.
+    """
+    lengths, rates = dpo_vary(ends, "pairs", "sft_epochs"), dpo_vary(ends, "pairs", "lr")
+    lengths = lengths[lengths.sft_epochs > 0]
+    small, large = rates.lr.min(), rates.lr.max()
+    fast, style = rates[rates.lr == large], rates.pairs == "style"
+    contrasts = {
+        f"{kind} pairs, not as written": (fast, "pairs", kind, "as_written")
+        for kind in fast.pairs.unique()
+        if kind != "as_written"
+    }
+    contrasts["larger rate, style pairs"] = (rates[style], "lr", large, small)
+    contrasts["larger rate, all other pairs"] = (rates[~style], "lr", large, small)
+    contrasts["long SFT, not short"] = (lengths, "sft_epochs", lengths.sft_epochs.max(), lengths.sft_epochs.min())
+    rows = {}
+    for name, (runs, setting, high, low) in contrasts.items():
+        if len(runs):
+            means = runs.groupby(["seed", setting])[[f"y* along {path}" for path in PATHS]].mean()
+            change = means.xs(high, level=setting) - means.xs(low, level=setting)
+            rows[name] = {path: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*mean_interval(change[path])) for path in change}
+    return pd.DataFrame(rows).T
+
+
+def mean_interval(values: pd.Series) -> tuple[float, float, float]:
+    """Mean with its 95% t-interval."""
+    half = t.ppf(0.975, len(values) - 1) * values.std() / np.sqrt(len(values))
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
 def repetition_change(table: pd.DataFrame) -> tuple[float, float, float]:
     """Change over DPO of the share of repeated 4-grams in greedy answers, with a 95% interval over prompts."""
     rows = table[table.metric == "rep4"]
     wide = rows.pivot_table(index=["seed", "prompt_id"], columns="step", values="value", observed=True)
-    change = wide.iloc[:, -1] - wide.iloc[:, 0]
-    half = t.ppf(0.975, len(change) - 1) * change.std() / np.sqrt(len(change))
-    return float(change.mean()), float(change.mean() - half), float(change.mean() + half)
+    return mean_interval(wide.iloc[:, -1] - wide.iloc[:, 0])

@@ -487,8 +487,12 @@ ACCOUNT = {"pushed": "the pushed token", "top": "y*", "top10": "the next nine", 
 
 def mass_account(table: pd.DataFrame) -> Figure:
     """Where the probability of rejected tokens goes: at the first token that differs from chosen, and after it."""
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    titles = {"rejected_first": "first token that differs (one context)", "rejected_later": "tokens after it"}
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.6))
+    titles = {
+        "rejected_first": "first token that differs",
+        "rejected_likely": "after it, a likely token",
+        "rejected_unlikely": "after it, an unlikely token",
+    }
     for ax, (kind, title) in zip(axes, titles.items(), strict=True):
         for n, (split, color) in enumerate((("train", BLUE), ("test", RED))):
             rows = table[(table.response_type == kind) & table.prompt_id.astype(str).str.startswith(split)]
@@ -500,7 +504,7 @@ def mass_account(table: pd.DataFrame) -> Figure:
             ax.bar(place, values.mean(1), 0.36, yerr=spread, color=color, capsize=3, label=f"{split} prompts")
         ax.axhline(0, color="0.4", linewidth=0.8)
         ax.set(title=title, xticks=np.arange(len(ACCOUNT)) + 0.19)
-        ax.set_xticklabels(ACCOUNT.values(), rotation=15)
+        ax.set_xticklabels(ACCOUNT.values(), rotation=20)
     axes[0].set_ylabel("change of probability (points)")
     axes[0].legend(fontsize=7)
     return fig
@@ -534,6 +538,8 @@ def rate_and_beta(ends: pd.DataFrame) -> Figure:
             band(ax, wide.columns, wide.to_numpy(), color, kind, linestyle=line, marker="o", markersize=4)
         ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.set(xscale="log", xlabel="learning rate", title=f"β = {beta:g}")
+        ax.minorticks_off()
+        ax.set_xticks(wide.columns, [f"{rate:g}" for rate in wide.columns])
     axes[0].set_ylabel("end change in DPO (nats)")
     axes[0].legend(fontsize=7)
     return fig
@@ -542,7 +548,8 @@ def rate_and_beta(ends: pd.DataFrame) -> Figure:
 def when_top_rises(ends: pd.DataFrame) -> Figure:
     """End change of y* along three paths, by kind of pairs and length of SFT. ends: rows of `evidence.dpo_ends`."""
     fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.6), sharey=True, sharex=True)
-    kinds, lengths = list(ends.pairs.unique()), sorted(ends.sft_epochs.unique())
+    kinds = [kind for kind in ("as_written", "swapped", "rephrase", "style") if (ends.pairs == kind).any()]
+    lengths = sorted(ends.sft_epochs.unique())
     shades = sns.color_palette("crest", len(lengths))
     rates = sorted(ends.lr.unique())
     for ax, path in zip(axes, evidence.PATHS, strict=True):
