@@ -4,7 +4,12 @@ Floors, imports only go down: `__main__`, `book`, `runner` > `claims`, `figures`
 `probes`, `models`, `preferences`, `digits` > `logprobs`, `residuals`, `influence`, `squeezing`.
 """
 
+import warnings
+
 __version__ = "0.1.0"
+
+# the hub's client asks for Jupyter widgets, which would make the book's pages load scripts from outside
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 class InputError(ValueError):

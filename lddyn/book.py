@@ -99,7 +99,8 @@ def published() -> dict[str, dict]:
 def write_hero(shown: dict[str, dict]) -> None:
     """The figure of the first page."""
     figures.use_style()
-    figure = figures.hero(records.frame(shown["01_mnist"]["runs"]))
+    digits, sft = (records.frame(shown[chapter]["runs"]) for chapter in ("01_mnist", "03_sft"))
+    figure = figures.hero(digits, sft)
     GENERATED.mkdir(parents=True, exist_ok=True)
     records.write_atomically(
         GENERATED / "hero.svg", lambda p: figure.savefig(p, format="svg", metadata={"Date": None}, bbox_inches="tight")

@@ -176,13 +176,13 @@ def _kernel_and_leak(ax, table: pd.DataFrame) -> None:
     ax.set(yscale="log", xlabel=r"$\|K\|_F$ accumulated over training", ylabel="mean probability at the end")
 
 
-def hero(table: pd.DataFrame) -> Figure:
-    """The first page's figure: how exact the decomposition is, and what the similarity explains."""
+def hero(digits: pd.DataFrame, sft: pd.DataFrame) -> Figure:
+    """The first page's figure: one predicted step of chapter 1, and what a whole SFT run of chapter 3 does."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    _error_order(left, table)
-    left.set_title("one step, predicted")
-    _kernel_and_leak(right, table)
-    right.set_title("a training run, explained")
+    _error_order(left, digits)
+    left.set_title("one gradient step, predicted")
+    _change_panel(right, sft, ("chosen", "other_train", "rejected", "other_test", "unrelated"), "", per_epoch=1)
+    right.set(title="finetuning on one answer per question", xlabel="step", ylabel="change of log π (nats)")
     return fig
 
 
