@@ -21,7 +21,7 @@ from lddyn.records import dense_early, long
 
 CLASSES = 10
 SCALES = {
-    "smoke": {"seeds": 2, "epochs": 8, "evaluations": 6, "n_train": 400, "n_test": 300, "lr": 3e-2},
+    "smoke": {"seeds": 2, "epochs": 8, "evaluations": 4, "n_train": 300, "n_test": 200, "lr": 3e-2},
     "laptop": {"seeds": 5, "epochs": 60, "evaluations": 24, "n_train": 1000, "n_test": 797, "lr": 1e-2},
     "paper": {"seeds": 5, "epochs": 100, "evaluations": 50, "n_train": 2000, "n_test": 10000, "lr": 1e-3},
 }
