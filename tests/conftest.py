@@ -3,6 +3,7 @@ from functools import cache
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny; read when torch is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests need no network; read when huggingface_hub is imported
 
 SHAPES = {
