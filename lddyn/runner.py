@@ -11,6 +11,7 @@ choice `{a, b}`.
 import ast
 import io
 import json
+import logging
 import re
 import shlex
 import sys
@@ -167,6 +168,8 @@ def execute(notebook: Path, values: Mapping[str, object], out: Path, timeout: in
     import papermill
     from traitlets.config import Config
 
+    # it warns about parameters whose types it cannot read; `checked` has read them
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     running, failed = out.with_suffix(".running.ipynb"), out.with_suffix(".failed.ipynb")
     try:
         papermill.execute_notebook(
