@@ -404,8 +404,10 @@ def heat_map(table: pd.DataFrame) -> pd.DataFrame:
 
     Each column is divided by its range. Uses the runs on the probed prompts only (`n_train` equal to the probes).
     """
-    small = table[table.n_train == table.n_train.min()]
-    columns = {target: sign_delta(small, target) for target in HEAT_MAP if (small.target == target).any()}
+    used = ("logp_sum", "a_norm_mean", "residual_norm_mean")
+    small = table[(table.n_train == table.n_train.min()) & table.metric.isin(used)]
+    parts = dict(list(small.groupby("target")))
+    columns = {target: sign_delta(parts[target], target) for target in HEAT_MAP if target in parts}
     whole = pd.DataFrame(columns)
     return whole / (whole.max() - whole.min())
 
