@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lddyn import InputError, models, preferences, probes, records, reuse, sft, unknown
 from lddyn.probes import ProbeSet
-from lddyn.training import ProbeCallback, dpo_rows, keep, log_rows, sft_rows, train
+from lddyn.training import ProbeCallback, dpo_rows, log_rows, sft_rows, train
 
 PAIRS = {"as_written": "rejected", "style": "rejected_format", "swapped": "rejected", "rephrase": "chosen_semantic"}
 LIKELY = 0.05  # probability from which on a pushed token does not lie in the valley
@@ -200,7 +200,7 @@ class KeepStages(ProbeCallback):
     def on_step_end(self, args, state, control, model=None, processing_class=None, **_):
         super().on_step_end(args, state, control, model=model)
         if state.global_step in self.places:
-            keep(model, processing_class, self.places[state.global_step])
+            models.save(model, processing_class, self.places[state.global_step])
 
 
 def stages(
@@ -310,7 +310,7 @@ def align(
             )
         )
     if account:
-        keep(lm, tokenizer, work.parent / "model")
+        models.save(lm, tokenizer, work.parent / "model")
         reference, _ = models.load(start, device=device, dtype=dtype)
         encoded = probed.encode(tokenizer, **lengths)
         table.append(mass_rows(reference, lm.eval(), encoded, account, steps, batch_size))

@@ -232,7 +232,7 @@ def pretrain(
                 print(f"pre-training: step {done} of {steps}, {rows[-1][-1]:.2f} nats per token", file=sys.stderr)
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "rows": rows}
             records.write_atomically(checkpoint, partial(torch.save, states))
-    _save(model, tokenizer, work.parent / "model")
+    save(model, tokenizer, work.parent / "model")
     return records.long(rows)
 
 
@@ -319,8 +319,10 @@ def _mean_loss(model, rows: Tensor) -> float:
     return total / rows[:, 1:].numel()
 
 
-def _save(model, tokenizer, folder: Path) -> None:
-    temporary = folder.with_suffix(".tmp")
+def save(model, tokenizer, folder: Path) -> None:
+    """Save a finished model as safetensors, with its tokenizer, in one step."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)

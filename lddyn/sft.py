@@ -7,7 +7,7 @@ import pandas as pd
 
 from lddyn import models, preferences, probes, records, reuse, unknown
 from lddyn.probes import ProbeSet
-from lddyn.training import ProbeCallback, keep, log_rows, sft_rows, train
+from lddyn.training import ProbeCallback, log_rows, sft_rows, train
 
 HEAT_MAP_TARGETS = ("chosen", "rejected", "chosen_semantic", "rejected_semantic", "unrelated", "test_shuffled")
 SCALES = {
@@ -128,7 +128,7 @@ def finetune(
         loss=loss, optimizer=optimizer, warmup=warmup, clip=clip,
     )  # fmt: skip
     after = answers(lm, tokenizer, probed, generate, lengths)
-    keep(lm, tokenizer, work.parent / "model")
+    models.save(lm, tokenizer, work.parent / "model")
     table = [callback.table(), log_rows(log, batch_size)]
     if generate:
         written = [{"step": step, **answer} for step, part in ((0, before), (steps, after)) for answer in part]

@@ -8,7 +8,6 @@ Anyone's trainer gains the paper's curves with three lines:
 """
 
 import os
-import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -278,13 +277,3 @@ def log_rows(log: list[dict], batch_size: int) -> pd.DataFrame:
         for key in names
         if key in entry
     )
-
-
-def keep(model, tokenizer, folder: Path) -> None:
-    """Save a finished model as safetensors, in one step."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
