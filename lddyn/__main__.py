@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -49,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, records.RecordError) as error:
         print(f"lddyn: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _run(a) -> int:
@@ -90,7 +94,7 @@ def _claims(a) -> int:
         print(json.dumps(entries, indent=1))
     else:
         for e in entries:
-            print(f"{e['id']:>2}  {e['verdict']:<15} {e['claim']}\n    {'':<15} {e['ours'] or e['reason']}")
+            print(f"{e['id']:>2}  {e['verdict']:<15} {e['claim']}\n    {'':<15} {e['reason']}")
     return 0
 
 

@@ -29,7 +29,7 @@ def chapters() -> list[str]:
 
 def fingerprint(notebook: Path, scale: str) -> str:
     """Hash of all that decides what an executed notebook shows: its source, the scale, the package and the versions."""
-    files = [*sorted(records.PACKAGE.glob("*.py")), claims.LEDGER]
+    files = [*sorted(records.PACKAGE.rglob("*.py")), claims.LEDGER]
     parts = [notebook.read_text(), scale, *(f.read_text() for f in files)]
     parts += [f"{name} {version}" for name, version in records.versions("lddyn.figures").items()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

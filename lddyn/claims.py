@@ -83,43 +83,36 @@ def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
 def verdicts(published: Mapping[str, dict]) -> list[dict]:
     """A verdict for each claim. `published` maps a chapter to `{"scale": ..., "runs": [Run, ...]}`.
 
-    Replicated: every part holds. Not replicated: none does. Partly: some do.
+    Replicated: every part holds. Not replicated: none does. Partly: some do. A part is measured in its own `chapter`,
+    or in the claim's; parts whose chapter has no record are left out, and the reason names the chapter.
     """
-    entries, tables_of = [], {}
-    for entry in ledger():
-        shown = {k: entry[k] for k in ("id", "claim", "source", "paper")}
-        shown |= {
-            "ours": None,
-            "interval": None,
-            "seeds": 0,
-            "scale": None,
-            "verdict": "not attempted",
-            "parts": [],
-        }
-        chapter = published.get(entry.get("chapter"))
-        if "parts" not in entry:
-            shown["reason"] = "no experiment of this companion tests it yet"
-        elif not chapter:
-            shown["reason"] = f"no record: python -m lddyn run {entry['chapter']}"
-        else:
-            tables = tables_of.get(entry["chapter"]) or by_seed(chapter["runs"])
-            tables_of[entry["chapter"]] = tables
-            parts = [judge(part, tables) for part in entry["parts"]]
-            held = sum(part["outcome"] == "holds" for part in parts)
-            verdict = VERDICTS[0] if held == len(parts) else VERDICTS[1] if held else VERDICTS[2]
-            shown |= {
-                "verdict": verdict,
-                "parts": parts,
-                "scale": chapter["scale"],
-                "seeds": len(tables),
-            }
-            shown |= {k: parts[0][k] for k in ("ours", "interval")}
-            shown["reason"] = "; ".join(_sentence(part) for part in parts)
-        shown["chapter"] = entry.get("chapter")
-        entries.append(shown)
-    return entries
+    tables = cache(lambda chapter: by_seed(published[chapter]["runs"]))
+    return [_verdict(entry, published, tables) for entry in ledger()]
 
 
-def _sentence(part: Mapping) -> str:
+def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
+    wanted = [{"chapter": entry["chapter"]} | part for part in entry.get("parts", [])]
+    missing = sorted({part["chapter"] for part in wanted} - published.keys())
+    parts = [
+        judge(part, tables(part["chapter"])) | {"chapter": part["chapter"], "seeds": len(tables(part["chapter"]))}
+        for part in wanted
+        if part["chapter"] in published
+    ]
+    held = sum(part["outcome"] == "holds" for part in parts)
+    verdict = VERDICTS[3] if not parts else VERDICTS[0] if held == len(parts) else VERDICTS[1 if held else 2]
+    reasons = [sentence(part) for part in parts] + [f"no record: python -m lddyn run {chapter}" for chapter in missing]
+    return {
+        **{k: entry.get(k) for k in ("id", "claim", "source", "paper", "authors", "chapter")},
+        "ours": parts[0]["ours"] if parts else None,
+        "interval": parts[0]["interval"] if parts else None,
+        "seeds": parts[0]["seeds"] if parts else 0,
+        "scale": published[parts[0]["chapter"]]["scale"] if parts else None,
+        "verdict": verdict,
+        "parts": parts,
+        "reason": "; ".join(reasons) or "no experiment of this companion tests it yet",
+    }
+
+
+def sentence(part: Mapping) -> str:
     spread = "one seed" if part["interval"] is None else "[{:.3g}, {:.3g}]".format(*part["interval"])
     return f"{part['says']}: {part['ours']:.3g} {spread}, rule {part['holds']}: {part['outcome']}"

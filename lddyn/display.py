@@ -18,8 +18,9 @@ class Results:
         self.chapter, self.scale, self.runs = chapter, scale, runs
 
     def verdicts(self) -> list[dict]:
+        """The claims that this chapter measures, judged by its own runs alone."""
         entries = claims.verdicts({self.chapter: {"scale": self.scale, "runs": self.runs}})
-        return [e for e in entries if e["chapter"] == self.chapter]
+        return [e for e in entries if e["parts"]]
 
     def _repr_mimebundle_(self, **_) -> dict:
         bundle = {"chapter": self.chapter, "scale": self.scale, "runs": [r.folder.name for r in self.runs]}
@@ -32,7 +33,7 @@ def verdict_table(entries: Iterable[dict]) -> str:
     rows = ""
     for e in entries:
         mark = e["verdict"].replace(" ", "-")
-        parts = "<br>".join(escape(claims._sentence(p)) for p in e["parts"]) or escape(e["reason"])
+        parts = "<br>".join(escape(claims.sentence(p)) for p in e["parts"]) or escape(e["reason"])
         rows += (
             f"<tr><td>{e['id']}</td><td>{escape(e['claim'])}<br><small>{escape(e['source'])}</small></td>"
             f'<td>{escape(e["paper"])}</td><td>{parts}</td><td class="verdict {mark}">{e["verdict"]}</td></tr>'
