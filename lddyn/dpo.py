@@ -58,8 +58,8 @@ def stage_grid(chosen: dict, seeds: Sequence[int], device: str, dtype: str) -> t
     return [common | {"seed": seed} for seed in seeds], {**models.inputs(model), **preferences.inputs(chosen["data"])}
 
 
-def grid(chosen: dict, stages: Sequence[records.Run], loss: str, device: str, dtype: str) -> list[dict]:
-    """The DPO runs of this chapter, for each SFT run: the baseline that measures everything, and the short ones.
+def grid(chosen: dict, stage: records.Run, loss: str, device: str, dtype: str) -> list[dict]:
+    """The DPO runs of this chapter from one SFT run: the baseline that measures everything, and the short ones.
 
     The short ones train on `few` pairs once, after the shortest SFT. They vary the length of the SFT; learning rate and
     beta; and, for the question when y* rises, kind of pairs x length of SFT and kind of pairs x learning rate.
@@ -76,12 +76,9 @@ def grid(chosen: dict, stages: Sequence[records.Run], loss: str, device: str, dt
     kinds = [kind for kind, source in PAIRS.items() if source in first]
     cells = [{"pairs": kind} | cell for kind in kinds for cell in ({}, {"sft_epochs": longer}, {"lr": slow})]
     cells += [{"sft_epochs": 0}, {"beta": chosen["beta"] * 5}, {"beta": chosen["beta"] * 5, "lr": slow}]
-    runs = []
-    for stage in stages:
-        given = stage.manifest["parameters"]
-        whole = common | {"seed": given["seed"], "model": given["model"], "stage": str(stage.folder)}
-        runs += [whole, *(whole | short | cell for cell in cells)]
-    return runs
+    given = stage.manifest["parameters"]
+    whole = common | {"seed": given["seed"], "model": given["model"], "stage": str(stage.folder)}
+    return [whole, *(whole | short | cell for cell in cells)]
 
 
 # --- pairs -------------------------------------------------------------------------------------------------

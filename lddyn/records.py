@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import cache
 from multiprocessing import get_context
@@ -155,9 +155,13 @@ def describe(function: Callable, parameters: Mapping, inputs: Mapping[str, Path]
 
 
 def key(description: Mapping) -> str:
-    """Twelve hexadecimal digits that name a description; input files count by content, not by path."""
+    """Twelve hexadecimal digits that name a description.
+
+    Input files count by content, and folders of other runs by their name: the key is the same in every clone.
+    """
     content = {**description, "inputs": {k: v["sha256"] for k, v in description["inputs"].items()}}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    text = json.dumps(content, sort_keys=True).replace(json.dumps(str(runs_root()))[1:-1], "runs")
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def stale_because(manifest: Mapping) -> list[str]:
@@ -380,16 +384,62 @@ def run_all(
     each). What finished stays, also when another run fails; the first failure is raised at the end.
     """
     settings = [dict(s) for s in settings]
-    root = runs_root()
-    workers = min(workers or os.cpu_count() or 1, len(settings))
-    if executor is None and workers <= 1:
-        return [run(function, s, inputs, root=root) for s in settings]
-    with contextlib.ExitStack() as stack:
-        if executor is None:
-            pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
-            executor = stack.enter_context(pool)
-        futures = [executor.submit(run, function, s, inputs, root=root) for s in settings]
-        failures = [error for error in (future.exception() for future in futures) if error]
+    with _pool(min(workers or os.cpu_count() or 1, len(settings)), executor) as submit:
+        return _results([submit(run, function, s, inputs, root=runs_root()) for s in settings])
+
+
+def run_then(
+    first: Callable,
+    settings: Iterable[Mapping],
+    then: Callable,
+    settings_of: Callable[[Run], Iterable[Mapping]],
+    inputs: Mapping[str, Path] | None = None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+) -> list[Run]:
+    """Run `first` for each of `settings`, and from each of its runs, as soon as it is there, runs of `then`.
+
+    `settings_of` gives the settings of the runs that start from a run of `first`; returned are the runs of `then`, in
+    the order of `settings`. Otherwise as `run_all`.
+    """
+    with _pool(workers or os.cpu_count() or 1, executor) as submit:
+        before = [submit(run, first, dict(s), inputs, root=runs_root()) for s in settings]
+        waiting, after = list(before), {}
+        while waiting:
+            done = next((f for f in waiting if f.done()), None)
+            if done is None:
+                time.sleep(0.05)  # any executor's futures have `done`; few can be waited for together
+                continue
+            waiting.remove(done)
+            if not done.exception():
+                after[done] = [submit(run, then, dict(s), inputs, root=runs_root()) for s in settings_of(done.result())]
+        _results([f for f in before if f not in after] + [f for futures in after.values() for f in futures])
+        return [f.result() for stage in before for f in after[stage]]
+
+
+@contextlib.contextmanager
+def _pool(workers: int, executor: Executor | None):
+    """The `submit` of an executor, of a pool of processes, or, for one worker, a call on the spot."""
+    if executor is not None:
+        yield executor.submit
+    elif workers <= 1:
+        yield _call
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+            yield pool.submit
+
+
+def _call(function: Callable, *args, **options) -> Future:
+    future = Future()
+    try:
+        future.set_result(function(*args, **options))
+    except Exception as error:  # raised by `_results`, after the others have run
+        future.set_exception(error)
+    return future
+
+
+def _results(futures: Sequence[Future]) -> list:
+    failures = [error for error in (future.exception() for future in futures) if error]
     if failures:
         raise failures[0]
     return [future.result() for future in futures]

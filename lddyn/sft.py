@@ -20,8 +20,8 @@ SCALES = {
     "laptop": {
         "seeds": 3, "model": "builtin", "size": "small", "data": "builtin",
         "n_train": 528, "n_probe": 48, "n_probe_test": 24, "max_prompt": 64, "max_response": 96,
-        "epochs": 16, "evaluations": 17, "batch_size": 8, "lr": 5e-4, "optimizer": "adamw", "warmup": 0,
-        "generate": 30, "map_epochs": 6, "map_evaluations": 6,
+        "epochs": 16, "evaluations": 15, "batch_size": 8, "lr": 5e-4, "optimizer": "adamw", "warmup": 0,
+        "generate": 30, "map_epochs": 6, "map_evaluations": 5,
     },
     "paper": {
         "seeds": 3, "model": "EleutherAI/pythia-410m-deduped", "size": "small", "data": "hh",

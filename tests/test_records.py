@@ -24,6 +24,22 @@ def prob_above_one(work: Path, seed: int) -> pd.DataFrame:
     return records.long([(0, 0, "p", "chosen", "prob", 1.5)])
 
 
+def from_stage(work: Path, seed: int, stage: str, factor: float) -> pd.DataFrame:
+    value = records.load(stage).table.value.sum()
+    return records.long([(0, 0, "p", "chosen", "value", factor * value)])
+
+
+def fails_for_two(work: Path, seed: int) -> pd.DataFrame:
+    if seed == 2:
+        raise ValueError("seed two")
+    return double(work, seed)
+
+
+def two_from(stage: records.Run) -> list[dict]:
+    seed = stage.manifest["parameters"]["seed"]
+    return [{"seed": seed, "stage": str(stage.folder), "factor": factor} for factor in (1.0, 10.0)]
+
+
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LDDYN_RUNS", str(tmp_path / "runs"))
@@ -175,3 +191,26 @@ def test_two_processes_that_ask_for_one_run_compute_it_once(tmp_path):
     assert [p.wait(120) for p in processes] == [0, 0]
     assert [e["state"] for e in records.status()] == ["fresh"]
     assert len(list((tmp_path / "runs").glob("digits.train-*/table.parquet"))) == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_runs_that_start_from_another_run_come_in_the_order_of_their_stages(workers):
+    settings = [{"seed": 3}, {"seed": 1}]
+    runs = records.run_then(double, settings, from_stage, two_from, workers=workers)
+    assert [r.table.value.item() for r in runs] == [18.0, 180.0, 6.0, 60.0]
+
+
+def test_a_stage_that_fails_does_not_take_the_runs_of_the_others_with_it():
+    with pytest.raises(ValueError, match="seed two"):
+        records.run_then(fails_for_two, [{"seed": 2}, {"seed": 1}], from_stage, two_from, workers=1)
+    finished = [e for e in records.status() if e["finished"] and e["run"].startswith("test_records.from_stage")]
+    assert len(finished) == 2
+
+
+def test_a_clone_in_another_folder_has_the_same_keys(tmp_path, monkeypatch):
+    keys = []
+    for clone in ("here", "there"):
+        monkeypatch.setenv("LDDYN_RUNS", str(tmp_path / clone))
+        given = {"seed": 1, "stage": str(tmp_path / clone / "double-0123"), "factor": 1.0}
+        keys.append(records.key(records.describe(from_stage, given, {})))
+    assert keys[0] == keys[1]
