@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 
 import yaml
+from docutils.nodes import make_id
 
 from lddyn import bench, claims, display, figures, preferences, records, runner, unknown
 
@@ -108,21 +109,50 @@ def write_hero(shown: dict[str, dict]) -> None:
 
 
 def write_scorecard(entries: list[dict]) -> None:
-    """The page with every claim and its verdict."""
-    count = {v: sum(e["verdict"] == v for e in entries) for v in claims.VERDICTS}
-    counts = ", ".join(f"{n} {v}" for v, n in count.items())
-    page = f"""# Scorecard
+    """The page with every claim and its verdict, and a summary of them."""
+    by_verdict = {v: [e for e in entries if e["verdict"] == v] for v in claims.VERDICTS}
+    counts = ", ".join(f"{len(those)} {v}" for v, those in by_verdict.items())
+    scales = ", ".join(sorted({e["scale"] for e in entries if e["scale"]})) or "none"
+    summary = "\n".join(f"| {v} | {len(those)} | {_numbers(those)} |" for v, those in by_verdict.items())
+    page = f"""---
+html_theme.sidebar_secondary.remove: true
+---
 
-Every claim of the paper that a number can check, with the paper's value, this companion's value over seeds
-(95% interval), the rule that decides and the verdict: {counts}. The rules are in `book/claims.yml` and were
-written before the reported seeds were run; a verdict that is negative stays here. *Replicated*: every part of the
-claim holds; *partly*: some do; *not replicated*: none does, or the interval is too wide to say.
+# Scorecard
+
+Every claim of the paper that a number can check ({len(entries)} of them): the paper's value, the value in the logs that
+the authors released where there is one, and this companion's value over seeds with its 95% interval and the rule
+that decides. {counts}; scale: {scales}.
+
+| verdict | claims | numbers |
+|---|---|---|
+{summary}
+
+**How a verdict comes about.** A claim has parts; each is a statistic of one run, a rule, and the interval of
+the statistic over seeds. A part *holds* when the whole interval satisfies the rule, *fails* when none of it does, and
+is *undecided* otherwise. *Replicated*: every part holds; *partly*: some do; *not replicated*: none does. The rules are
+in `book/claims.yml` and were written before the reported seeds were run; a negative verdict stays here, with the reason
+as far as it is known. What these verdicts are about: a model of half a million parameters that is pre-trained on
+the spot, and digits, on two processor cores. A claim that fails here may hold for the paper's models, and the other
+way round; [deviations](../deviations.md) lists every difference. `python -m lddyn claims --json` prints the same.
 
 ```{{raw}} html
-{display.verdict_table(entries)}
+<div id="claims-table">{display.verdict_table(entries, _figure_address)}</div>
+<script src="../_static/scorecard.js"></script>
 ```
 """
     _write("scorecard.md", page)
+
+
+def _numbers(entries: list[dict]) -> str:
+    return ", ".join(str(e["id"]) for e in entries) or "-"
+
+
+def _figure_address(entry: dict) -> str:
+    """The section of a chapter with the figure behind a claim, from the scorecard."""
+    if not entry["see"]:
+        return ""
+    return f"../notebooks/{entry['chapter']}.html#{make_id(entry['see'])}"
 
 
 def write_status() -> None:

@@ -28,7 +28,7 @@ def ledger() -> list[dict]:
             raise InputError(f"{where}: needs id (in order), claim, source, paper; missing {missing or 'order'}")
         for part in entry.get("parts", []):
             if not callable(getattr(evidence, part["statistic"], None)):
-                raise InputError(f"{where}: evidence.py has no statistic {part['statistic']!r}")
+                raise InputError(f"{where}: lddyn.evidence has no statistic {part['statistic']!r}")
             _rule(part["holds"], where)
     return entries
 
@@ -102,7 +102,7 @@ def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
     verdict = VERDICTS[3] if not parts else VERDICTS[0] if held == len(parts) else VERDICTS[1 if held else 2]
     reasons = [sentence(part) for part in parts] + [f"no record: python -m lddyn run {chapter}" for chapter in missing]
     return {
-        **{k: entry.get(k) for k in ("id", "claim", "source", "paper", "authors", "chapter")},
+        **{k: entry.get(k) for k in ("id", "claim", "source", "paper", "authors", "chapter", "see", "why")},
         "ours": parts[0]["ours"] if parts else None,
         "interval": parts[0]["interval"] if parts else None,
         "seeds": parts[0]["seeds"] if parts else 0,

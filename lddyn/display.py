@@ -1,6 +1,6 @@
 """What a chapter shows besides figures: the verdicts on its claims, and where its numbers come from."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from html import escape
 
 import pandas as pd
@@ -28,17 +28,27 @@ class Results:
         return {"text/html": html, BUNDLE: bundle, "text/plain": f"{self.chapter}: {len(self.runs)} runs"}
 
 
-def verdict_table(entries: Iterable[dict]) -> str:
-    """The verdicts as an HTML table: claim, the paper, this companion, verdict."""
+def verdict_table(entries: Iterable[dict], links: Callable[[dict], str] | None = None) -> str:
+    """The verdicts as an HTML table: claim, the paper, the authors' released logs, this companion, verdict.
+
+    `links` gives the address of the figure behind an entry, or an empty text.
+    """
     rows = ""
     for e in entries:
         mark = e["verdict"].replace(" ", "-")
-        parts = "<br>".join(escape(claims.sentence(p)) for p in e["parts"]) or escape(e["reason"])
+        ours = "<br>".join(escape(claims.sentence(p)) for p in e["parts"]) or escape(e["reason"])
+        if e.get("why") and e["verdict"] in ("partly", "not replicated"):
+            ours += f'<br><em class="why">{escape(e["why"])}</em>'
+        where = links(e) if links else ""
+        link = f' <a href="{escape(where)}">figure</a>' if where else ""
         rows += (
-            f"<tr><td>{e['id']}</td><td>{escape(e['claim'])}<br><small>{escape(e['source'])}</small></td>"
-            f'<td>{escape(e["paper"])}</td><td>{parts}</td><td class="verdict {mark}">{e["verdict"]}</td></tr>'
+            f'<tr data-verdict="{e["verdict"]}" data-chapter="{e["chapter"] or "none"}"><td>{e["id"]}</td>'
+            f"<td>{escape(e['claim'])}<br><small>{escape(e['source'])}{link}</small></td>"
+            f"<td>{escape(e['paper'])}</td><td>{escape(e['authors'] or '-')}</td><td>{ours}</td>"
+            f'<td class="verdict {mark}">{e["verdict"]}</td></tr>'
         )
-    head = "".join(f"<th>{h}</th>" for h in ("#", "claim", "the paper", "this companion", "verdict"))
+    heads = ("#", "claim", "the paper", "released logs", "this companion", "verdict")
+    head = "".join(f"<th>{h}</th>" for h in heads)
     return (
         f'<div class="scroll"><table class="claims"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )

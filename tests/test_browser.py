@@ -103,3 +103,18 @@ def test_no_link_inside_the_book_is_broken(site, browser):
             elif target.startswith(site) and target not in ids:
                 assert page.request.get(target).ok, f"{source}: broken link {href}"
     page.close()
+
+
+def test_the_scorecard_filters_and_sorts(site, browser):
+    page = browser.new_page()
+    page.goto(site + "generated/scorecard.html")
+    rows = page.locator("#claims-table tbody tr:visible")
+    assert rows.count() == 49
+    page.select_option("#sc-chapter", "05_dpo")
+    page.fill("#sc-words", "margin")
+    assert 0 < rows.count() < 13 and f"{rows.count()} of 49" in page.inner_text("#sc-count")
+    page.fill("#sc-words", "")
+    page.click("#claims-table th:first-child button")  # sorted upwards already: turns round
+    numbers = [int(n) for n in page.locator("#claims-table tbody tr:visible td:first-child").all_inner_texts()]
+    assert numbers == sorted(numbers, reverse=True) and len(numbers) > 5
+    page.close()

@@ -66,3 +66,24 @@ def test_json_has_the_promised_fields(capsys):
     promised = {"id", "claim", "source", "paper", "ours", "interval", "seeds", "scale", "verdict", "reason"}
     assert len(entries) == 49 and all(promised <= entry.keys() for entry in entries)
     assert {entry["verdict"] for entry in entries} <= set(claims.VERDICTS)
+
+
+def test_every_claim_points_to_a_section_that_is_there():
+    for entry in claims.ledger():
+        if entry.get("see"):
+            cells = json.loads((records.ROOT / "notebooks" / f"{entry['chapter']}.ipynb").read_text())["cells"]
+            headings = [
+                line.lstrip("# ") for c in cells for line in "".join(c["source"]).splitlines() if line[:1] == "#"
+            ]
+            assert entry["see"] in headings, f"claim {entry['id']}: {entry['chapter']} has no section {entry['see']!r}"
+
+
+def test_a_part_may_be_measured_in_another_chapter_and_the_scorecard_joins_them(monkeypatch):
+    two = {"id": 1, "claim": "c", "source": "s", "paper": "p", "chapter": "01_mnist"}
+    two["parts"] = [part("< 1"), part("> 1") | {"chapter": "02_decomposition"}]
+    monkeypatch.setattr(claims, "ledger", lambda: [two])
+    one = {"scale": "smoke", "runs": runs_with([0.1, 0.1, 0.1])}
+    (alone,) = claims.verdicts({"02_decomposition": one})
+    assert alone["verdict"] == "not replicated" and "no record: python -m lddyn run 01_mnist" in alone["reason"]
+    (both,) = claims.verdicts({"01_mnist": one, "02_decomposition": one})
+    assert both["verdict"] == "partly" and [p["chapter"] for p in both["parts"]] == ["01_mnist", "02_decomposition"]
