@@ -12,8 +12,9 @@ from pathlib import Path
 
 import yaml
 from docutils.nodes import make_id
+from filelock import FileLock, Timeout
 
-from lddyn import bench, claims, display, figures, preferences, records, runner, unknown
+from lddyn import InputError, bench, claims, display, figures, preferences, records, runner, unknown
 
 BOOK = records.ROOT / "book"
 EXECUTED = BOOK / "notebooks"
@@ -47,7 +48,10 @@ def execute(scale: str, force: bool) -> list[str]:
             continue
         runner.writable(out)
         clock = time.perf_counter()
-        problem = runner.execute(source, runner.checked(source, {"scale": scale}), out)
+        try:
+            problem = runner.execute(source, runner.checked(source, {"scale": scale}), out)
+        except InputError as error:
+            problem = str(error)
         if problem:
             failures.append(f"{name}: {problem}")
             continue
@@ -252,9 +256,24 @@ def _write(name: str, text: str) -> None:
 
 
 def build(scale: str, force: bool = False) -> int:
-    """What `make book` does. Returns the exit code: 0, or 1 when a notebook failed or the renderer warned."""
+    """What `make book` does. Returns the exit code: 0, or 1 when a notebook failed or the renderer warned.
+
+    A second build waits for the first, and then finds everything fresh.
+    """
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
+    runner.writable(GENERATED / "status.md")
+    lock = FileLock(GENERATED / ".lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print("lddyn: another build of this book is running; waiting for it")
+        held = lock.acquire()
+    with held:
+        return _build(scale, force)
+
+
+def _build(scale: str, force: bool) -> int:
     failures = execute(scale, force)
     if failures:
         for line in failures:

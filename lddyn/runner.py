@@ -101,7 +101,11 @@ def parameters(notebook: Path) -> dict[str, Parameter]:
     tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise InputError(f"{notebook} has {len(tagged)} cells tagged 'parameters', not one")
-    source = "".join(tagged[0]["source"])
+    return read_cell("".join(tagged[0]["source"]), f"{notebook}: parameters cell")
+
+
+def read_cell(source: str, where: str) -> dict[str, Parameter]:
+    """The parameters that lines of `name: type = default  # [allowed] comment` declare."""
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
@@ -110,9 +114,7 @@ def parameters(notebook: Path) -> dict[str, Parameter]:
     found = {}
     for node in ast.parse(source).body:
         if not isinstance(node, ast.AnnAssign):
-            raise InputError(
-                f"{notebook}: parameters cell, line {node.lineno}: expected `name: type = default  # comment`"
-            )
+            raise InputError(f"{where}, line {node.lineno}: expected `name: type = default  # comment`")
         kind = ast.unparse(node.annotation)
         comment = comments.get(node.end_lineno, "")
         allowed = re.match(r"[\[({][^\])}]*[\])}]", comment)
@@ -140,10 +142,14 @@ def read_yaml(path: Path) -> dict:
 
 def checked(notebook: Path, values: Mapping[str, object]) -> dict[str, object]:
     """Values as Python objects, names, types and ranges checked; `InputError` names the first that is wrong."""
-    known = parameters(notebook)
+    return parse_all(parameters(notebook), values, notebook.stem)
+
+
+def parse_all(known: Mapping[str, Parameter], values: Mapping[str, object], whose: str) -> dict[str, object]:
+    """Values as Python objects; `InputError` names the first that is unknown or wrong."""
     for name in values:
         if name not in known:
-            raise unknown(f"parameter of {notebook.stem}", name, known)
+            raise unknown(f"parameter of {whose}", name, known)
     return {name: known[name].parse(value) for name, value in values.items()}
 
 
@@ -163,7 +169,7 @@ def execute(notebook: Path, values: Mapping[str, object], out: Path, timeout: in
     """Execute a notebook with already checked values into `out`. Returns None, or one line saying what failed.
 
     What an earlier success left in `out` is replaced only by a new success; a failure leaves its partial
-    notebook beside it as `<name>.failed.ipynb`.
+    notebook beside it as `<name>.failed.ipynb`. Raises `InputError` where the notebook did.
     """
     import papermill
     from traitlets.config import Config
@@ -186,6 +192,8 @@ def execute(notebook: Path, values: Mapping[str, object], out: Path, timeout: in
     except Exception as error:  # papermill raises its own, nbclient's and the kernel's errors
         if running.exists():
             running.replace(failed)
+        if getattr(error, "ename", None) == InputError.__name__:  # such as a model that is not there
+            raise InputError(error.evalue.splitlines()[0]) from error
         return f"{_failing_cell(failed, error)} (partial notebook: {failed})"
     running.replace(out)
     failed.unlink(missing_ok=True)
