@@ -3,12 +3,13 @@
     python tests/kills.py [--kills 20] [--scale smoke] [--seed 0] [--longest 40]
 
 Works in a copy of the working tree with runs of its own. Builds once undisturbed; then builds again from nothing, killed
-with all its processes after a random time, as often as asked; then lets that build end and compares every record's hash
-with the undisturbed one's. Last, two builds at once. Prints one line for each step; the exit code is 1 when
-a record differs or a build fails. Takes a quarter of an hour and more, so the test suite leaves it out.
+with all its processes after a random time, as often as asked; then lets that build end and compares the hash of every
+record with the undisturbed one. Last, two builds at once. Prints one line for each step; the exit code is 1 when a
+record differs or a build fails. Takes a quarter of an hour and more, so the test suite leaves it out.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -47,10 +48,8 @@ def kill(process: subprocess.Popen) -> None:
     family = [psutil.Process(process.pid)]
     family += family[0].children(recursive=True)
     for member in family:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             member.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            pass
     process.wait()
 
 
