@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from lddyn import InputError, preferences, prose, records, unknown
+from lddyn import InputError, preferences, prose, records, unknown, world
 
 SIZES = {  # a few seconds; one to two minutes
     "tiny": {
@@ -42,6 +42,13 @@ SIZES = {  # a few seconds; one to two minutes
         "architecture": {"width": 96, "layers": 3, "heads": 4, "vocab": 2048},
         "libraries": list(prose.LIBRARIES),
         "steps": 1400,
+    },
+    "world": {  # the closed world: no prose
+        "architecture": {"width": 96, "layers": 3, "heads": 4, "vocab": 1024},
+        "libraries": [],
+        "steps": 800,
+        "batch_size": 16,
+        "block": 64,
     },
 }
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -177,7 +184,9 @@ def builtin(size: str = "small", seed: int = 0) -> Path:
         raise unknown("size", size, SIZES)
     libraries = prose.versions(SIZES[size]["libraries"])
     parameters = {**SIZES[size], "libraries": libraries, "seed": seed}
-    corpus = {"prose": prose.run(libraries).folder / "prose.txt", "preferences": preferences.BUILTIN}
+    corpus = {}  # the closed world is in the code
+    if libraries:
+        corpus = {"prose": prose.run(libraries).folder / "prose.txt", "preferences": preferences.BUILTIN}
     run = records.run(pretrain, parameters, corpus)
     if not (run.folder / "model" / "model.safetensors").exists():  # deleted to make room
         shutil.rmtree(run.folder)
@@ -240,8 +249,10 @@ def documents(libraries: Mapping[str, str], seed: int, share: float = 0.08) -> t
     """Texts to train on, in random order, and to hold out: every fiftieth of the prose.
 
     The pre-training preferences are repeated until they are `share` of the documents: without them everything that
-    is like an answer would rise together when SFT begins.
+    is like an answer would rise together when SFT begins. Without libraries, the texts of the closed world.
     """
+    if not libraries:
+        return world.documents(seed)
     written, examples = prose.documents(libraries), preferences.load("builtin", "pretrain")
     held_out = written[::50]
     written = [text for number, text in enumerate(written) if number % 50]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lddyn import InputError, unknown
+from lddyn import InputError, unknown, world
 
 RESPONSE_TYPES = {  # our name: the names in the authors' files
     "chosen": (),
@@ -47,9 +47,10 @@ Example = dict[str, str]  # id, prompt, chosen, rejected and what other response
 def load(data: str = "builtin", split: str = "train", limit: int | None = None, strict: bool = True) -> list[Example]:
     """Preference examples, in the order of the source, at most `limit` of them.
 
-    `data`: "builtin" (splits train, test and pretrain); a JSON Lines file in our field names or the authors';
-    "hh"; "ultrafeedback"; or any data set of the hub, or folder of one, with prompt, chosen and rejected as texts or as
-    lists of messages. A file whose rows name no `split` is divided: every sixth row is for testing.
+    `data`: "builtin" (splits train, test and pretrain); "world" or another design of it (`lddyn.world`); a JSON Lines
+    file in our field names or the authors'; "hh"; "ultrafeedback"; or any data set of the hub, or folder of one, with
+    prompt, chosen and rejected as texts or as lists of messages. A file whose rows name no `split` is divided: every
+    sixth row is for testing.
 
     A bad row (invalid JSON, a field missing, empty or not a text, chosen equal to rejected) raises
     `InputError` naming file and line; with `strict=False` such rows are skipped and one warning counts them.
@@ -79,6 +80,9 @@ def inputs(data: str) -> dict[str, Path]:
 
 def _rows(data: str, split: str) -> Iterator[tuple[str, object]]:
     """Where a row comes from, and the row: a dictionary, or the error that it could not be read with."""
+    if data in world.DESIGNS:
+        yield from ((f"{data} {split}, example {row['id']}", row) for row in world.examples(split, data))
+        return
     if data != "builtin" and not Path(data).is_file():
         yield from _hub_rows(data, split)
         return
@@ -98,7 +102,8 @@ def _rows(data: str, split: str) -> Iterator[tuple[str, object]]:
 
 def _hub_rows(data: str, split: str) -> Iterator[tuple[str, object]]:
     if data not in HUB and "/" not in data and not Path(data).is_dir():
-        raise unknown("data", data, ["builtin", *HUB, "a JSON Lines file", "a hub id such as owner/name"])
+        known = ["builtin", *world.DESIGNS, *HUB]
+        raise unknown("data", data, [*known, "a JSON Lines file", "a hub id such as owner/name"])
     repository, options, splits = HUB.get(data, (data, {}, {}))
     try:
         import datasets
