@@ -191,6 +191,35 @@ def rpo_force(
     return up + alpha / chosen_length, down
 
 
+def cdpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.1) -> Tensor:
+    """DPO with smoothed labels: a share of the pairs is held for labelled the wrong way (Mitchell, 2023)."""
+    h = beta * margin(chosen, rejected, ref_chosen, ref_rejected)
+    return -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)
+
+
+def cdpo_force(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.1) -> tuple[Tensor, Tensor]:
+    """beta (1 - a - label_smoothing): it turns round where a = sigmoid(beta h) is 1 - label_smoothing."""
+    h = beta * margin(chosen, rejected, ref_chosen, ref_rejected)
+    force = beta * (torch.sigmoid(-h) - label_smoothing)
+    return force, -force
+
+
+def gated_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, rejected_length=1) -> Tensor:
+    """DPO's loss; the gradient on rejected is multiplied by its probability per token, exp(rejected / length).
+
+    Our own short form of the idea of Gate-DPO (Mouiche, 2026): a push fades where there is nothing left to push.
+    """
+    gate = torch.exp(rejected / rejected_length).detach()
+    held = gate * rejected + (1 - gate) * rejected.detach()  # the value of rejected with a smaller gradient
+    return dpo_loss(chosen, held, ref_chosen, ref_rejected, beta)
+
+
+def gated_force(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, rejected_length=1) -> tuple[Tensor, Tensor]:
+    """DPO's force, on rejected times its probability per token."""
+    up, down = dpo_force(chosen, rejected, ref_chosen, ref_rejected, beta)
+    return up, down * torch.exp(rejected / rejected_length)
+
+
 PAIRS = {
     "SFT": (sft_loss, sft_force),
     "DPO": (dpo_loss, dpo_force),

@@ -7,9 +7,10 @@ Anyone's trainer gains the paper's curves with three lines:
     trainer = DPOTrainer(..., callbacks=[callback])
 """
 
+import inspect
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # before transformers and TRL are imported: TRL tells the hub of each trainer that is built
@@ -26,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from lddyn import InputError, models, probes, records, unknown
+from lddyn import InputError, models, probes, records, residuals, unknown
 from lddyn.probes import Encoded, ProbeSet
 
 OPTIMIZERS = {
@@ -159,7 +160,37 @@ class TokenisedDPO(_Resumable, DPOTrainer):
         return dataset
 
 
+class PairLoss(TokenisedDPO):
+    """A loss on pairs that TRL lacks: a function of the summed log-probabilities of both answers, from `residuals`.
+
+    `pair_loss` and `options`, its keywords, are set after construction.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        answers = inputs["completion_mask"]  # (chosen then rejected, tokens)
+        labels = inputs["input_ids"].masked_fill(answers == 0, -100)
+        text = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
+        chosen, rejected = model(**text, use_cache=False, fused_lm_head=True).log_probs.sum(1).chunk(2)  # (batch,) each
+        with torch.no_grad():
+            reference = self.ref_model(**text, use_cache=False, fused_lm_head=True).log_probs.sum(1).chunk(2)
+        margin = self.beta * residuals.margin(chosen.detach(), rejected.detach(), *reference)
+        self._metrics["train"]["rewards/margins"].append(margin.mean().item())
+        lengths = dict(zip(("chosen_length", "rejected_length"), answers.sum(1).chunk(2), strict=True))
+        takes = inspect.signature(self.pair_loss).parameters
+        given = {name: value for name, value in {"beta": self.beta, **lengths, **self.options}.items() if name in takes}
+        return self.pair_loss(chosen, rejected, *reference, **given).mean()
+
+
 SFT_LOSSES = {"sequence_sum": SequenceSumSFT, "token_mean": TokenMeanSFT}
+PAIR_LOSSES = {
+    "cdpo": residuals.cdpo_loss,
+    "dpop": residuals.dpop_loss,
+    "gated": residuals.gated_loss,
+    "orpo": residuals.orpo_loss,
+    "simpo": residuals.simpo_loss,
+}
+TRL_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard")
+TRL_LOSSES += ("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft")
 
 
 def sft_rows(tokenizer, prompts: list[str], responses: list[str], **lengths) -> datasets.Dataset:
@@ -205,6 +236,8 @@ def train(
     method: str = "sft",
     loss: str = "sequence_sum",
     beta: float = 0.1,
+    options: Mapping[str, object] | None = None,
+    reference: torch.nn.Module | None = None,
     optimizer: str = "adamw",
     warmup: int = 0,
     clip: float = 10.0,
@@ -214,10 +247,11 @@ def train(
 ) -> list[dict]:
     """Train a model in place with TRL; returns the trainer's log, one dict for each logged step.
 
-    `method` is `sft` (loss `sequence_sum` as in the authors' code, or `token_mean` as in TRL) or `dpo` (loss: any name
-    that TRL's DPOConfig takes, `sigmoid` is DPO; the reference is the model as it comes in). Learning rate
-    constant after `warmup` steps of linear rise that already move at the first one. Continues from the last
-    whole checkpoint in `work`. Raises `InputError` for unknown names.
+    `method` is `sft` (loss `sequence_sum` as in the authors' code, or `token_mean` as in TRL) or `dpo`. The losses of
+    `dpo` are TRL's (`sigmoid` is DPO; names joined by "+" are added, see its `loss_weights`) and `PAIR_LOSSES`;
+    `options` are further settings of TRL's DPOConfig or keywords of the function. The reference is the model as it
+    comes in, unless one is given. Learning rate constant after `warmup` steps of linear rise that already move at the
+    first one. Continues from the last whole checkpoint in `work`. Raises `InputError` for unknown names.
     """
     if optimizer not in OPTIMIZERS:
         raise unknown("optimizer", optimizer, OPTIMIZERS)
@@ -258,14 +292,30 @@ def train(
             raise unknown("loss", loss, SFT_LOSSES)
         trainer = SFT_LOSSES[loss](args=SFTConfig(**common), **parts)
     elif method == "dpo":
-        config = DPOConfig(**common, beta=beta, loss_type=[loss])
         # always given: TRL would reload the reference from where the model once came from, not from what it is now
-        trainer = TokenisedDPO(args=config, ref_model=models.snapshot(model), **parts)
+        parts["ref_model"] = models.snapshot(model) if reference is None else reference
+        trainer = _pair_trainer(common | {"beta": beta}, loss, dict(options or {}), parts)
     else:
         raise unknown("method", method, ["sft", "dpo"])
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     return trainer.state.log_history
+
+
+def _pair_trainer(common: dict, loss: str, options: dict, parts: dict) -> TokenisedDPO:
+    """The trainer for one of TRL's losses, a sum of them, or one of `PAIR_LOSSES`."""
+    if loss not in PAIR_LOSSES:
+        for name in loss.split("+"):
+            if name not in TRL_LOSSES:
+                raise unknown("loss", name, [*TRL_LOSSES, *PAIR_LOSSES])
+        return TokenisedDPO(args=DPOConfig(**common, loss_type=loss.split("+"), **options), **parts)
+    takes = list(inspect.signature(PAIR_LOSSES[loss]).parameters)[4:]
+    for name in options:
+        if name not in takes:
+            raise unknown(f"option of the loss {loss}", name, takes)
+    trainer = PairLoss(args=DPOConfig(**common), **parts)
+    trainer.pair_loss, trainer.options = PAIR_LOSSES[loss], options
+    return trainer
 
 
 def log_rows(log: list[dict], batch_size: int) -> pd.DataFrame:

@@ -38,6 +38,25 @@ def test_closed_form_is_the_gradient(name):
             assert residuals.gradient_error(*residuals.PAIRS[name], logits, labels, reference, **settings) < 1e-10
 
 
+def test_gate_scales_the_gradient_on_rejected_and_nothing_else():
+    for seed in range(20):
+        logits, labels, (chosen, rejected), reference = draw(seed)
+        pair = residuals.gated_loss, residuals.gated_force
+        assert residuals.gradient_error(*pair, logits, labels, reference, beta=0.3, rejected_length=6) < 1e-10
+        dpo, gated = (loss(chosen, rejected, *reference) for loss in (residuals.dpo_loss, residuals.gated_loss))
+        assert gated == pytest.approx(dpo)
+
+
+def test_smoothed_labels_turn_the_force_round_at_their_margin():
+    for seed in range(20):
+        logits, labels, _, reference = draw(seed)
+        pair = residuals.cdpo_loss, residuals.cdpo_force
+        assert residuals.gradient_error(*pair, logits, labels, reference, beta=0.3, label_smoothing=0.2) < 1e-10
+    turn = torch.tensor(4.0, dtype=torch.float64).log() / 0.3  # sigmoid(0.3 h) = 0.8
+    up, _ = residuals.cdpo_force(turn, torch.zeros(()), 0.0, 0.0, beta=0.3, label_smoothing=0.2)
+    assert up == pytest.approx(0, abs=1e-12)
+
+
 def test_a_wrong_force_is_noticed():
     logits, labels, _, reference = draw(0)
     assert residuals.gradient_error(residuals.dpo_loss, residuals.ipo_force, logits, labels, reference) > 1e-3

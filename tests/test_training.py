@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lddyn import InputError, models, probes, records, training
+from lddyn import InputError, models, probes, records, residuals, training
 from lddyn.probes import ProbeSet
 
 LENGTHS = {"max_prompt": 24, "max_response": 24}
@@ -106,6 +106,63 @@ def test_reference_of_dpo_is_the_model_as_it_comes_in_and_stays(tiny, probe_set,
     assert first["train_loss"] == pytest.approx(0.6931, abs=1e-3), "at the first step policy and reference are equal"
 
 
+def pair_trained(tiny, folder, probe_set, **settings):
+    """Weights after three steps on pairs, and the trainer's log; `tiny` itself stays as it is."""
+    model, tokenizer = tiny
+    fresh = models.snapshot(model).requires_grad_(True)
+    data = training.dpo_rows(tokenizer, PROMPTS, CHOSEN, REJECTED, **LENGTHS)
+    settings = SETTINGS | {"epochs": 1, "batch_size": 4, "method": "dpo", "optimizer": "sgd"} | settings
+    log = training.train(folder, fresh, tokenizer, data, nothing(probe_set), **settings)
+    return weights(fresh), log
+
+
+@pytest.mark.parametrize(
+    "trl, ours, options",
+    [
+        ("sigmoid", "dpo_loss", {}),
+        ("hinge", "hinge", {}),
+        ("apo_zero", "kto_loss", {"kl": 0.0}),
+        ("sppo_hard", "sppo_loss", {}),
+    ],
+)
+def test_own_losses_go_through_the_same_trainer_as_those_of_trl(
+    tiny, probe_set, tmp_path, monkeypatch, trl, ours, options
+):
+    """Sums over the same tokens, the same reference, the same order of the pairs: only the function differs."""
+
+    def hinge(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
+        return torch.relu(1 - beta * residuals.margin(chosen, rejected, ref_chosen, ref_rejected))
+
+    function = hinge if ours == "hinge" else getattr(residuals, ours)
+    monkeypatch.setitem(training.PAIR_LOSSES, "ours", function)
+    expected, log = pair_trained(tiny, tmp_path / "trl", probe_set, loss=trl, beta=0.3)
+    found, own_log = pair_trained(tiny, tmp_path / "ours", probe_set, loss="ours", beta=0.3, options=options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(expected, weights(tiny[0]), atol=1e-4)
+    assert training.log_rows(log, 4).metric.tolist() == training.log_rows(own_log, 4).metric.tolist()
+
+
+@pytest.mark.parametrize("loss", [*training.PAIR_LOSSES, "ipo", "robust", "sigmoid+sft"])
+def test_every_loss_trains_and_differs_from_dpo(tiny, probe_set, tmp_path, loss):
+    options = {"robust": {"label_smoothing": 0.2}, "sigmoid+sft": {"loss_weights": [1.0, 0.5]}}.get(loss)
+    found, log = pair_trained(tiny, tmp_path / "a", probe_set, loss=loss, options=options)
+    dpo, _ = pair_trained(tiny, tmp_path / "b", probe_set, loss="sigmoid")
+    assert torch.isfinite(found).all() and not torch.allclose(found, dpo, atol=1e-6)
+    assert any("rewards/margins" in entry for entry in log)
+
+
+def test_reference_that_is_given_takes_the_place_of_the_model_itself(tiny, model_folder, probe_set, tmp_path):
+    other = models.snapshot(tiny[0])
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    for name, settings in (("trl", {"loss": "sigmoid"}), ("own", {"loss": "dpop", "options": {"lam": 0.0}})):
+        own, _ = pair_trained(tiny, tmp_path / f"{name}-a", probe_set, **settings)
+        given, _ = pair_trained(tiny, tmp_path / f"{name}-b", probe_set, reference=other, **settings)
+        same, _ = pair_trained(tiny, tmp_path / f"{name}-c", probe_set, reference=models.snapshot(tiny[0]), **settings)
+        assert torch.equal(own, same) and not torch.allclose(own, given, atol=1e-6)
+
+
 def test_snapshot_after_a_trainer_does_not_follow_the_live_model(tiny, probe_set, tmp_path):
     model, tokenizer = tiny
     training.train(tmp_path / "a", model, tokenizer, rows(tokenizer), nothing(probe_set), **SETTINGS)
@@ -169,6 +226,13 @@ def test_unknown_names_are_one_line(tiny, probe_set, tmp_path):
     for wrong, message in (({"optimizer": "adam"}, "did you mean 'adamw'"), ({"loss": "sum"}, "unknown loss 'sum'")):
         with pytest.raises(InputError, match=message):
             training.train(tmp_path, model, tokenizer, rows(tokenizer), nothing(probe_set), **(SETTINGS | wrong))
+    for wrong, message in (
+        ({"loss": "sigmoid+nll"}, "unknown loss 'nll'"),
+        ({"loss": "gate"}, "did you mean 'gated'"),
+        ({"loss": "dpop", "options": {"lambda": 1.0}}, "unknown option of the loss dpop 'lambda'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pair_trained(tiny, tmp_path, probe_set, **wrong)
 
 
 def test_callback_in_somebody_elses_trainers_writes_a_record(tiny, tmp_path):
