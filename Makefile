@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test browser run bench check format serve status claims clean distclean
+.PHONY: help env book test browser pdf run bench check format serve status claims clean distclean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ test: $(READY)  ## run the tests
 
 browser: $(READY)  ## look at the built book in Chromium: maths, figures, links, no outside request
 	$(PY) -m pytest tests/test_browser.py -m browser
+
+pdf: $(READY)  ## print the built book to book/_build/companion.pdf (needs Chromium)
+	$(PY) -m lddyn pdf
 
 run: $(READY)  ## run one notebook: make run NAME=01_mnist ARGS="-p seeds 2"
 	$(PY) -m lddyn run $(NAME) --scale $(SCALE) $(ARGS)

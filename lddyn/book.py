@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from html import escape
+from multiprocessing import get_context
 from pathlib import Path
 
 import yaml
@@ -37,15 +39,28 @@ def fingerprint(notebook: Path, scale: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
+def pretrain(scale: str) -> None:
+    """Pre-train the built-in models of a scale side by side; the first chapter that needs one would train it alone."""
+    from lddyn import models, sft, variants
+
+    chosen = [module.SCALES[scale] for module in (sft, variants)]
+    sizes = sorted({c["size"] for c in chosen if c.get("model", "builtin") == "builtin"})
+    with ProcessPoolExecutor(len(sizes), mp_context=get_context("spawn")) as processes:
+        list(processes.map(models.builtin, sizes))
+
+
 def execute(scale: str, force: bool) -> list[str]:
     """Execute every stale notebook into the book; returns one line for each failure, and goes on after it."""
-    failures = []
-    for name in chapters():
-        source, out = runner.notebook_path(name), EXECUTED / f"{name}.ipynb"
-        now = fingerprint(source, scale)
-        if not force and out.exists() and _metadata(out).get("fingerprint") == now:
+    failures, places = [], {name: EXECUTED / f"{name}.ipynb" for name in chapters()}
+    now = {name: fingerprint(runner.notebook_path(name), scale) for name in places}
+    stale = [name for name, out in places.items() if force or _metadata(out).get("fingerprint") != now[name]]
+    if stale:
+        pretrain(scale)
+    for name, out in places.items():
+        if name not in stale:
             print(f"lddyn: {name} is fresh")
             continue
+        source = runner.notebook_path(name)
         runner.writable(out)
         clock = time.perf_counter()
         try:
@@ -56,7 +71,7 @@ def execute(scale: str, force: bool) -> list[str]:
             failures.append(f"{name}: {problem}")
             continue
         seconds = round(time.perf_counter() - clock, 1)
-        _stamp(out, {"fingerprint": now, "scale": scale, "seconds": seconds})
+        _stamp(out, {"fingerprint": now[name], "scale": scale, "seconds": seconds})
         print(f"lddyn: {name} took {seconds} s at scale {scale}")
     return failures
 

@@ -2,7 +2,7 @@
 
     python tests/kills.py [--kills 20] [--scale smoke] [--seed 0] [--longest 40]
 
-Works in a copy of the working tree with runs of its own. Builds once undisturbed; then builds again from nothing, killed
+Works in a copy of the working tree with its own runs. Builds once undisturbed; then builds again from nothing, killed
 with all its processes after a random time, as often as asked; then lets that build end and compares the hash of every
 record with the undisturbed one. Last, two builds at once. Prints one line for each step; the exit code is 1 when a
 record differs or a build fails. Takes a quarter of an hour and more, so the test suite leaves it out.

@@ -152,3 +152,10 @@ def test_what_a_notebook_refuses_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert main(words) == 2
     err = capsys.readouterr().err
     assert "there is no model folder './nowhere'" in err and err.count("\n") == 1
+
+
+def test_a_pdf_without_a_browser_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["pdf"]) == 2
+    err = capsys.readouterr().err
+    assert "printed by a browser, and none is installed (any of chromium" in err and err.count("\n") == 1

@@ -118,3 +118,10 @@ def test_the_scorecard_filters_and_sorts(site, browser):
     numbers = [int(n) for n in page.locator("#claims-table tbody tr:visible td:first-child").all_inner_texts()]
     assert numbers == sorted(numbers, reverse=True) and len(numbers) > 5
     page.close()
+
+
+def test_the_book_prints_to_one_pdf(tmp_path):
+    from lddyn import pdf
+
+    out = pdf.write(tmp_path / "companion.pdf")
+    assert out.read_bytes()[:5] == b"%PDF-" and out.stat().st_size > 500_000

@@ -1,0 +1,56 @@
+"""The built book as one PDF, printed by a browser, maths and figures included."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lddyn import InputError, book, records
+
+PAPER = {
+    "format": "A4",
+    "margin": {"top": "18mm", "bottom": "18mm", "left": "15mm", "right": "15mm"},
+    "print_background": True,
+    "display_header_footer": True,
+    "header_template": "<span></span>",
+    "footer_template": '<div style="font-size: 8px; margin: auto"><span class="pageNumber"></span></div>',
+    "outline": True,
+    "tagged": True,
+}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def write(out: Path) -> Path:
+    """Print the pages as they are now to `out`; returns it.
+
+    Raises `InputError` when the book was never built, or where no Chromium is installed.
+    """
+    chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not chromium:
+        raise InputError(f"a PDF is printed by a browser, and none is installed (any of {', '.join(BROWSERS)})")
+    if not (book.GENERATED / "scorecard.md").exists():
+        raise InputError("there is no book to print: run `make book` first")
+    from playwright.sync_api import sync_playwright
+
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["build", str(book.BOOK), "--builder", "singlehtml", "--path-output", folder, "--all"]
+        start = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+        done = subprocess.run([*start, *words], capture_output=True, text=True)
+        page = Path(folder) / "_build" / "singlehtml" / "intro.html"
+        if done.returncode or not page.exists():
+            raise records.RecordError(f"the book did not build as one page: {done.stderr.strip().splitlines()[-1:]}")
+        with sync_playwright() as play:
+            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+            tab = browser.new_page()
+            tab.goto(page.as_uri())
+            tab.wait_for_load_state("networkidle")
+            tab.wait_for_function(
+                "[...document.querySelectorAll('.math')].every(e => e.querySelector('mjx-container'))", timeout=120_000
+            )
+            tab.evaluate(
+                "document.querySelectorAll('.toggle-hidden').forEach(e => e.classList.remove('toggle-hidden'))"
+            )
+            records.write_atomically(out, lambda path: path.write_bytes(tab.pdf(**PAPER)))
+            browser.close()
+    return out
