@@ -1,4 +1,4 @@
-"""`python -m lddyn`: run a notebook, build the book, list runs and verdicts. Bad input: one line, exit code 2."""
+"""`python -m lddyn`: run a notebook, build the book, train a model of your own. Bad input: one line, exit code 2."""
 
 import argparse
 import json
@@ -6,11 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-from lddyn import InputError, __version__, claims, records
+from lddyn import InputError, __version__, chat, claims, records
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m lddyn", description=__doc__.split(":")[0])
+    top = argparse.ArgumentParser(prog="python -m lddyn", description=__doc__.split("`: ")[1])
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -20,14 +20,49 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--scale", help="smoke, laptop or paper")
     run.add_argument("--params", type=Path, help="YAML file of parameters")
     run.add_argument("--out", type=Path, help="where to write the executed notebook (default: into the book)")
-    run.add_argument("--timeout", type=int, help="seconds that one cell may take")
+    run.add_argument("--timeout", type=_positive, help="seconds that one cell may take")
 
-    show = commands.add_parser("parameters", help="list the parameters of a notebook")
-    show.add_argument("name")
+    show = commands.add_parser("parameters", help="list the parameters of a notebook, or of train")
+    show.add_argument("name", help="notebook, or train")
+
+    train = commands.add_parser("train", help="SFT or DPO of any model with the probes; also under torchrun")
+    train.add_argument("settings", nargs="*", help="parameter files, or names of book/settings; later ones win")
+    _set_option(train)
+    train.add_argument("--force", action="store_true", help="also where the memory seems too small")
+
+    need = commands.add_parser("estimate", help="memory and time of a training, without its weights")
+    need.add_argument("settings", nargs="*", help="as for train")
+    _set_option(need)
+    need.add_argument("--memory", type=float, help="GiB to fit into (default: what is free here)")
+
+    sweep = commands.add_parser("sweep", help="train once for each combination of a file, and tabulate")
+    sweep.add_argument("file", type=Path, help="YAML file, such as book/sweeps/learning_rate.yml")
+    sweep.add_argument("--engine", default="processes", help="processes, dask or submitit")
+    sweep.add_argument("--workers", type=int, help="how many at once (default: one for each core)")
+    sweep.add_argument("--address", help="of a running dask scheduler; or the submitit cluster, such as slurm")
+    sweep.add_argument("--out", type=Path, help="JSON file of the table (default: beside the sweep's file)")
+
+    report = commands.add_parser("report", help="curves and scorecard of a run of your own, as a page of HTML")
+    report.add_argument("folders", nargs="+", type=Path, help="output of a ProbeCallback or a run; more are more seeds")
+    report.add_argument("--method", help="sft or dpo, where the folder does not say")
+    report.add_argument("--out", type=Path, help="HTML file (default: report.html in the first folder)")
+
+    words = commands.add_parser("rephrase", help="own preference data gains the response types that it lacks")
+    words.add_argument("data", help="JSON Lines file with prompt, chosen and rejected, or a hub id")
+    words.add_argument("out", type=Path, help="JSON Lines file to write")
+    words.add_argument("--chat", required=True, help="local:FOLDER, local:HUB-ID or endpoint (see LDDYN_API_URL)")
+    words.add_argument("--limit", type=int, help="rows of each split")
+    words.add_argument("--budget", type=int, help="requests that an endpoint may be sent")
+    words.add_argument("--workers", type=int, default=1, help="requests at once")
+    words.add_argument("--max-tokens", type=int, default=256, help="tokens of an answer")
+    words.add_argument("--device", default="cpu", help="of a local model: cpu or cuda")
 
     book = commands.add_parser("book", help="execute every stale notebook and build the book")
     book.add_argument("--scale", default="laptop")
     book.add_argument("--force", action="store_true", help="execute fresh notebooks too")
+
+    pdf = commands.add_parser("pdf", help="print the built book to one PDF (needs Chromium)")
+    pdf.add_argument("--out", type=Path, default=records.ROOT / "book" / "_build" / "companion.pdf")
 
     status = commands.add_parser("status", help="list runs: fresh, stale (which input changed), unfinished")
     status.add_argument("--json", action="store_true")
@@ -36,19 +71,32 @@ def parser() -> argparse.ArgumentParser:
     verdicts.add_argument("--json", action="store_true")
 
     bench = commands.add_parser("bench", help="measure the probing engine beside two other ways, in one run")
-    bench.add_argument("--repeats", type=int, default=3)
+    bench.add_argument("--repeats", type=_positive, default=3)
     bench.add_argument("--device", default="cpu", help="cpu or cuda")
-    bench.add_argument("--threads", type=int, default=1)
+    bench.add_argument("--threads", type=_positive, default=1)
     bench.add_argument("--out", type=Path, help="JSON file (default: runs/bench.json)")
     return top
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number from 1, not {text!r}")
+    return int(text)
+
+
+def _set_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", dest="words", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="one more setting"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         return COMMANDS[arguments.command](arguments)
-    except (InputError, records.RecordError) as error:
-        print(f"lddyn: {error}", file=sys.stderr)
+    except (InputError, records.RecordError, chat.ChatError) as error:
+        if os.environ.get("RANK", "0") == "0":  # all processes of a training fail alike
+            print(f"lddyn: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,10 +110,54 @@ def _run(a) -> int:
 
 
 def _parameters(a) -> int:
-    from lddyn import runner
+    from lddyn import launch, runner
 
-    for p in runner.parameters(runner.notebook_path(a.name)).values():
+    known = launch.PARAMETERS if a.name == "train" else runner.parameters(runner.notebook_path(a.name))
+    for p in known.values():
         print(f"{p.name} = {p.default!r}: {p.describe()}. {p.help}")
+    return 0
+
+
+def _train(a) -> int:
+    from lddyn import launch
+
+    run = launch.train(a.settings, dict(a.words), a.force)
+    if run:
+        print(run.folder)
+    return 0
+
+
+def _estimate(a) -> int:
+    from lddyn import estimate, launch
+
+    chosen = launch.settings(a.settings, dict(a.words))
+    print(estimate.report(estimate.estimate(chosen)))
+    estimate.refuse_what_does_not_fit(chosen, free=a.memory)
+    return 0
+
+
+def _sweep(a) -> int:
+    from lddyn import sweep
+
+    print(sweep.sweep(a.file, a.engine, a.workers, a.address, a.out))
+    return 0
+
+
+def _report(a) -> int:
+    from lddyn import report
+
+    print(report.write(a.folders, a.method, a.out))
+    return 0
+
+
+def _rephrase(a) -> int:
+    from lddyn import rephrase
+
+    for name in ("limit", "budget", "workers", "max_tokens"):
+        if getattr(a, name) is not None and getattr(a, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(a, name)}")
+    ask = chat.connect(a.chat, a.max_tokens, a.device, a.budget)
+    print(rephrase.summary(rephrase.rephrase(a.data, a.out, ask, a.limit, a.workers)))
     return 0
 
 
@@ -73,6 +165,13 @@ def _book(a) -> int:
     from lddyn import book
 
     return book.build(a.scale, a.force)
+
+
+def _pdf(a) -> int:
+    from lddyn import pdf
+
+    print(pdf.write(a.out))
+    return 0
 
 
 def _status(a) -> int:
@@ -108,7 +207,13 @@ def _bench(a) -> int:
 COMMANDS = {
     "run": _run,
     "parameters": _parameters,
+    "train": _train,
+    "estimate": _estimate,
+    "sweep": _sweep,
+    "report": _report,
+    "rephrase": _rephrase,
     "book": _book,
+    "pdf": _pdf,
     "status": _status,
     "claims": _claims,
     "bench": _bench,

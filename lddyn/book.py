@@ -262,6 +262,14 @@ def write_bench() -> None:
     _write("bench.md", f"Measured {whose}: {bench.report(measured)}\n")
 
 
+def write_sweeps() -> None:
+    """The tables of recorded sweeps, and what the paper's models need."""
+    from lddyn import launch, sweep  # they import TRL, which takes seconds
+
+    _write("sweeps.md", sweep.page())
+    _write("estimates.md", launch.page())
+
+
 def _write(name: str, text: str) -> None:
     GENERATED.mkdir(parents=True, exist_ok=True)
     records.write_atomically(GENERATED / name, lambda p: p.write_text(text))
@@ -300,6 +308,7 @@ def _build(scale: str, force: bool) -> int:
     write_status()
     write_data_card()
     write_bench()
+    write_sweeps()
     return render()
 
 

@@ -58,12 +58,13 @@ def by_seed(runs: Sequence[Run]) -> list[pd.DataFrame]:
 
 
 def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
-    """One part of a claim over seeds: `says, holds, ours, interval, outcome` (holds, fails or undecided).
+    """One part of a claim over seeds: `says, holds, ours, interval, outcome` (holds, fails or undecided), `seeds`.
 
     The outcome is decided by the whole interval; for an `exact` part (an identity), by every single seed.
     """
     statistic = getattr(evidence, part["statistic"])
     values = np.array([statistic(table) for table in tables])
+    values = values[~np.isnan(values)]  # without the seeds whose runs do not measure it
     low, high = _rule(part["holds"], part["statistic"])
     if part.get("exact"):
         ours, (a, b) = float(values.max()), (float(values.min()), float(values.max()))
@@ -77,6 +78,7 @@ def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
         "ours": ours,
         "interval": [a, b] if math.isfinite(a) else None,
         "outcome": outcome,
+        "seeds": len(values),
     }
 
 
@@ -94,7 +96,7 @@ def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
     wanted = [{"chapter": entry["chapter"]} | part for part in entry.get("parts", [])]
     missing = sorted({part["chapter"] for part in wanted} - published.keys())
     parts = [
-        judge(part, tables(part["chapter"])) | {"chapter": part["chapter"], "seeds": len(tables(part["chapter"]))}
+        judge(part, tables(part["chapter"])) | {"chapter": part["chapter"]}
         for part in wanted
         if part["chapter"] in published
     ]

@@ -76,3 +76,10 @@ def mean_interval(values: pd.Series) -> tuple[float, float, float]:
     """Mean with its 95% t-interval."""
     half = t.ppf(0.975, len(values) - 1) * values.std() / np.sqrt(len(values))
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
+def partial_slope(data: pd.DataFrame) -> tuple[float, np.ndarray, np.ndarray]:
+    """Slope of y on x with all other columns but `prompt_id` held fixed, and the residuals of both."""
+    controls = data.drop(columns=["prompt_id", "x", "y"]).to_numpy()
+    x, y = (data[name] - controls @ np.linalg.lstsq(controls, data[name], rcond=None)[0] for name in ("x", "y"))
+    return float(x @ y / (x @ x)), x.to_numpy(), y.to_numpy()

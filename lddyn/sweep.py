@@ -1,0 +1,213 @@
+"""Train once for each combination of models, seeds and other settings, through anything with a `.submit`.
+
+    settings: [smoke.yml]          # optional parameter files, as for `train`
+    set: {method: sft, epochs: 4}  # what all runs share
+    over: {lr: [1e-4, 1e-3], seed: [0, 1, 2]}
+    statistics: [chosen_rises]     # functions of lddyn.evidence; metrics below need none
+
+Runs are records: a second call computes what is missing. The table has one row for each run.
+"""
+
+import contextlib
+import importlib
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lddyn import InputError, estimate, evidence, launch, records, runner, tune, unknown
+
+FOLDER = records.ROOT / "book" / "sweeps"
+ENGINES = ("processes", "dask", "submitit")
+KEYS = ("title", "settings", "set", "over", "statistics")
+SHOWN = ("chosen", "other_train", "rejected", "other_test", "unrelated")  # changes that every table has
+
+
+def read(path: Path) -> dict:
+    """A sweep file with all its keys; raises `InputError` naming what is wrong in it."""
+    content = runner.read_yaml(path)
+    for name in content:
+        if name not in KEYS:
+            raise unknown(f"key of {path.name}", name, KEYS)
+    over = content.get("over")
+    if not isinstance(over, dict) or not all(isinstance(values, list) and values for values in over.values()):
+        raise InputError(f"{path.name}: `over` must map settings to lists of values that are not empty")
+    content = {"title": path.stem, "settings": [], "set": {}, "statistics": []} | content
+    for name in content["statistics"]:
+        if not callable(getattr(evidence, name, None)):
+            raise InputError(f"{path.name}: lddyn.evidence has no statistic {name!r}")
+    return content
+
+
+def combinations(plan: Mapping) -> list[dict]:
+    """The settings of each run, checked, in the order of the file: the last name varies fastest."""
+    names = list(plan["over"])
+    products = itertools.product(*plan["over"].values())
+    words = [plan["set"] | dict(zip(names, values, strict=True)) for values in products]
+    return [launch.settings(plan["settings"], each) for each in words]
+
+
+def change(table: pd.DataFrame, kind: str) -> float:
+    """Mean change of log pi(y) of a type of response from the first to the last evaluation, nats."""
+    rows = table[(table.metric == "logp_sum") & (table.response_type == kind)]
+    by_step = rows.groupby("step", observed=True).value.mean()
+    return float(by_step.iloc[-1] - by_step.iloc[0])
+
+
+def row(settings: Mapping, over: Sequence[str], statistics: Sequence[str], run: records.Run) -> dict:
+    """One line of the table: what was varied, parameters, changes in nats, statistics, seconds."""
+    shape = estimate.shape(estimate.config_of(settings["model"], settings["size"]))
+    values = {name: settings[name] for name in over} | {"parameters": shape.parameters}
+    values |= {kind: change(run.table, kind) for kind in SHOWN if kind in set(run.table.response_type)}
+    values |= {name: float(getattr(evidence, name)(run.table)) for name in statistics}
+    return values | {"seconds": run.manifest["seconds"]}
+
+
+# --- engines -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def engine(name: str, workers: int | None = None, address: str | None = None):
+    """Something with `.submit`, whose results have `.result`.
+
+    processes: of this machine, one for each core; dask: a scheduler at `address`, or one on this machine; submitit: the
+    cluster `address` (slurm, or local by default), which decides how many run at once. Raises `InputError` when the
+    name is unknown, the package is not installed or no scheduler is at the address.
+    """
+    if name not in ENGINES:
+        raise unknown("engine", name, ENGINES)
+    if name == "processes":
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+            yield pool
+        return
+    try:
+        module = importlib.import_module({"dask": "distributed"}.get(name, name))
+    except ImportError as error:
+        raise InputError(f"the engine {name!r} needs another package: pip install 'lddyn[sweep]' ({error})") from error
+    if name == "submitit":
+        executor = module.AutoExecutor(records.runs_root() / "submitit", cluster=address or "local")
+        executor.update_parameters(timeout_min=24 * 60, cpus_per_task=1)
+        yield executor
+        return
+    try:
+        here = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+        client = module.Client(address, timeout=10) if address else module.Client(**here)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no dask scheduler at {address!r} ({str(error).splitlines()[0]})") from error
+    with client:
+        yield client
+
+
+def _one_thread() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def run_all(jobs: Sequence[tuple[dict, dict[str, Path]]], executor) -> list[records.Run]:
+    """The records of all jobs, in order. What finished stays when another fails; the first failure is raised last."""
+    root, runs, failures = records.runs_root().absolute(), [], []
+    futures = [executor.submit(records.run, tune.tune, parameters, files, root=root) for parameters, files in jobs]
+    for future in futures:
+        try:
+            runs.append(future.result())
+        except Exception as error:  # each engine has its own
+            failures.append(error)
+    if failures:
+        raise failures[0]
+    return runs
+
+
+# --- the sweep ---------------------------------------------------------------------------------------------
+
+
+def sweep(
+    path: Path,
+    engine_name: str = "processes",
+    workers: int | None = None,
+    address: str | None = None,
+    out: Path | None = None,
+) -> str:
+    """Run a sweep file, write its table and manifest as JSON, and return the table as text.
+
+    Raises `InputError` before anything runs when a setting is wrong.
+    """
+    plan = read(path)
+    chosen = combinations(plan)
+    out = out or path.with_suffix(".json")
+    runner.writable(out)
+    with engine(engine_name, workers, address) as executor:
+        runs = run_all([launch.job(each) for each in chosen], executor)
+    over = list(plan["over"])
+    rows = [row(each, over, plan["statistics"], run) for each, run in zip(chosen, runs, strict=True)]
+    manifests = [run.manifest for run in runs]
+    recorded = {
+        "title": plan["title"],
+        "plan": plan,
+        "rows": rows,
+        "manifest": {
+            "runs": [run.folder.name for run in runs],
+            "git": manifests[0]["git"],
+            "versions": manifests[0]["versions"],
+            "machine": manifests[0]["machine"],
+            "finished": max(m["finished"] for m in manifests),
+            "seconds": round(sum(m["seconds"] for m in manifests), 1),
+        },
+    }
+    records.write_json(out, recorded)
+    return f"{table(rows).to_string(index=False)}\n{out}"
+
+
+def table(rows: Sequence[Mapping]) -> pd.DataFrame:
+    """The rows with short numbers, for people."""
+    frame = pd.DataFrame(rows)
+    frame["seconds"] = frame.seconds.round().astype(int)
+    numbers = [name for name in frame if frame[name].dtype == np.float64]
+    return frame.assign(**{name: frame[name].map(lambda v: f"{v:.4g}") for name in numbers})
+
+
+def recorded(folder: Path = FOLDER) -> list[tuple[Path, dict | None]]:
+    """Every sweep file of the book with its recorded table, or None where it was not run."""
+    found = []
+    for path in sorted(folder.glob("*.yml")):
+        result = path.with_suffix(".json")
+        found.append((path, json.loads(result.read_text()) if result.exists() else None))
+    return found
+
+
+def page(folder: Path = FOLDER) -> str:
+    """The page `sweeps` of the book as Markdown: each sweep file with its table, or that it was not recorded."""
+    parts = []
+    for path, result in recorded(folder):
+        title = read(path)["title"]
+        name = path.relative_to(records.ROOT) if path.is_relative_to(records.ROOT) else path
+        command = f"    python -m lddyn sweep {name}\n"
+        if result is None:
+            parts.append(f"## {title}\n\n*Not recorded.* To record it:\n\n{command}")
+            continue
+        made, frame = result["manifest"], table(result["rows"])
+        finished = made["finished"][:16].replace("T", " ")
+        body = [" | ".join(map(str, row)) for row in frame.to_numpy()]
+        lines = [" | ".join(map(str, frame)), " | ".join("---" for _ in frame), *body]
+        versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
+        commit = made["git"]["commit"] + ("+" if made["git"]["dirty"] else "")
+        parts.append(
+            f"## {title}\n\n" + "\n".join(f"| {line} |" for line in lines) + f"\n\n{len(made['runs'])} runs, "
+            f"{made['seconds']:.0f} CPU seconds on {made['machine']} · finished {finished} UTC "
+            f"· {versions} · commit {commit or 'unknown'}\n\n{command}"
+        )
+    return SWEEPS_PAGE + "\n".join(parts)
+
+
+SWEEPS_PAGE = """# Sweeps
+
+Trainings over models, seeds and settings, each recorded as a small table in `book/sweeps/`. Columns named after a kind
+of response hold the mean change of its log-probability from the first to the last evaluation, in nats summed over the
+response, over all probed prompts, trained and not. [Other models](../other_models.md) says how to make one of your own.
+
+"""

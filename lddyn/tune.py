@@ -1,0 +1,139 @@
+"""The training of the chapters for one's own model: on one process or several, whole or LoRA, with the same probes.
+
+`sft.finetune` and `dpo.align` are the chapters' experiments; this is the part of them that a larger model needs,
+with the settings that only matter there (processes, accumulation, bfloat16, LoRA).
+"""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from lddyn import InputError, models, preferences, probes, records, sft, unknown
+from lddyn.training import ProbeCallback, dpo_rows, log_rows, quiet, sft_rows, train
+
+METHODS = {"sft": "sequence_sum", "dpo": "sigmoid"}  # and the loss that each has unless another is named
+
+
+def processes() -> tuple[int, int]:
+    """How many processes train together, and which of them this is; `torchrun` and `accelerate launch` say so."""
+    return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+
+
+def share_of_batch(batch_size: int, accumulation: int, world: int) -> int:
+    """Examples in one backward pass of one process. Raises `InputError` when they do not come out even."""
+    if batch_size % (accumulation * world):
+        raise InputError(
+            f"batch_size {batch_size} does not divide by accumulation {accumulation} x {world} processes; "
+            f"the next one that does is {-(-batch_size // (accumulation * world)) * accumulation * world}"
+        )
+    return batch_size // (accumulation * world)
+
+
+class BoundedProbes(ProbeCallback):
+    """Probes at most `batch_tokens` tokens at once; keys and values of large models fill a GPU otherwise."""
+
+    batch_tokens: int | None = None
+
+    def _measure(self, args, state, model):
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        with in_full_precision(getattr(model, "module", model)) as plain:
+            part = probes.measure(plain, self.encoded, self.batch_tokens)
+        self.parts.append(part.assign(step=state.global_step, examples=state.global_step * batch))
+
+
+@contextmanager
+def in_full_precision(model):
+    """The model without the bfloat16 context that accelerate wraps around its `forward` and around nothing below it."""
+    wrapped = vars(model).get("forward")
+    if hasattr(model, "_original_forward"):
+        model.forward = model._original_forward
+    try:
+        yield model
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
+
+
+def tune(
+    work: Path,
+    *,
+    seed: int,
+    method: str,
+    model: str,
+    start: str | None,
+    data: str,
+    n_train: int,
+    n_probe: int,
+    n_probe_test: int,
+    epochs: float,
+    evaluations: int,
+    batch_size: int,
+    accumulation: int,
+    lr: float,
+    beta: float,
+    loss: str,
+    optimizer: str,
+    warmup: int,
+    clip: float,
+    max_prompt: int,
+    max_response: int,
+    probe_tokens: int | None,
+    lora: int,
+    bf16: bool,
+    device: str,
+    dtype: str,
+):
+    """SFT or DPO of a model, with all kinds of response measured along the way; returns a long table.
+
+    Training starts from the folder `start`, or from `model` itself when that is None; `chosen_initial` is sampled from
+    `model`. `batch_size` counts the examples of one update, over all processes and accumulated passes. `probe_tokens`
+    bounds the memory of probing. `lora`: the rank of adapters on all linear layers, 0 to train all weights. `bf16`:
+    compute in bfloat16 and keep the weights in `dtype`. The finished weights stay in `model/` beside the table
+    (adapters merged). Every process measures, the first one writes. An interrupted run continues from its last
+    checkpoint, a LoRA run from its beginning.
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    world, rank = processes()
+    quiet()
+    one_pass = share_of_batch(batch_size, accumulation, world)
+    lengths = {"max_prompt": max_prompt, "max_response": max_response}
+    lm, tokenizer = models.load(model, device=device, dtype=dtype)
+    probed = sft.probe_set(lm, tokenizer, data, n_train, n_probe, n_probe_test, seed, lengths)
+    if start:
+        lm, tokenizer = models.load(start, device=device, dtype=dtype)
+    examples = preferences.load(data, "train", limit=n_train)
+    texts = {field: [e[field] for e in examples] for field in ("prompt", "chosen", "rejected")}
+    if method == "sft":
+        rows = sft_rows(tokenizer, texts["prompt"], texts["chosen"], **lengths)
+    else:
+        rows = dpo_rows(tokenizer, *texts.values(), **lengths)
+    steps = int(-(-len(rows) // batch_size) * epochs)
+    callback = BoundedProbes(probed, at=records.dense_early(steps, evaluations), **lengths)
+    callback.batch_tokens = probe_tokens
+    given = {"method": method, "loss": loss, "beta": beta, "seed": seed, "lr": lr, "epochs": epochs, "bf16": bf16}
+    given |= {"batch_size": one_pass, "accumulation": accumulation, "checkpoints": 4 * world}
+    given |= {"optimizer": optimizer, "warmup": warmup, "clip": clip}
+    if lora:
+        work = work / str(os.getpid())  # TRL's resume reads whole models, not adapters
+        given["reference"] = models.snapshot(lm) if method == "dpo" else None
+        lm = with_adapters(lm, lora, seed)
+    log = train(work, lm, tokenizer, rows, callback, **given)
+    if rank == 0:
+        models.save(lm.merge_and_unload() if lora else lm, tokenizer, work.parents[lora > 0] / "model")
+    return records.compact(pd.concat([callback.table(), log_rows(log, batch_size)], ignore_index=True))
+
+
+def with_adapters(model, rank: int, seed: int):
+    """The model with LoRA adapters of this rank on all linear layers, in float32; they begin as no change at all."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
