@@ -172,7 +172,7 @@ def test_the_grid_crosses_at_its_centre_and_has_no_run_twice(data):
     """The figures and verdicts find a design as the runs that differ from the commonest settings in one thing."""
     chosen = dpo.settings("smoke", data=data)
     stage = records.Run(Path("stage"), None, {"parameters": {"seed": 0, "model": "builtin"}})
-    runs = dpo.grid(chosen, [stage], "sigmoid", "cpu", "float32")
+    runs = dpo.grid(chosen, stage, "sigmoid", "cpu", "float32")
     assert len({json.dumps(run, sort_keys=True) for run in runs}) == len(runs)
     short = pd.DataFrame([run for run in runs if run["measure"] != "all"])
     assert sorted(evidence.dpo_vary(short, "sft_epochs").sft_epochs) == [0, 1, 4]
@@ -186,7 +186,7 @@ def test_data_without_rephrases_leaves_out_the_pairs_that_need_them(tmp_path):
     path = tmp_path / "plain.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     stage = records.Run(Path("stage"), None, {"parameters": {"seed": 0, "model": "builtin"}})
-    runs = dpo.grid(dpo.settings("smoke", data=str(path)), [stage], "sigmoid", "cpu", "float32")
+    runs = dpo.grid(dpo.settings("smoke", data=str(path)), stage, "sigmoid", "cpu", "float32")
     assert {run["pairs"] for run in runs} == {"as_written", "swapped"}
     with pytest.raises(InputError, match="needs the response type 'chosen_semantic'"):
         dpo.paired(rows, "rephrase")

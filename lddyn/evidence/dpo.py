@@ -12,6 +12,7 @@ from lddyn.evidence.common import (
     fall,
     mean_interval,
     order,
+    partial_slope,
     rise,
     sign_delta,
     wide,
@@ -244,16 +245,9 @@ def valley(table: pd.DataFrame, draws: int = 1000) -> dict:
     slopes = []
     for _ in range(draws):
         drawn = np.concatenate([prompts[names[i]] for i in random.integers(len(names), size=len(names))])
-        slopes.append(_partial(data.iloc[drawn])[0])
-    slope, x, y = _partial(data)
+        slopes.append(partial_slope(data.iloc[drawn])[0])
+    slope, x, y = partial_slope(data)
     return {"slope": slope, "interval": tuple(np.quantile(slopes, [0.025, 0.975])), "x": x, "y": y}
-
-
-def _partial(data: pd.DataFrame) -> tuple[float, np.ndarray, np.ndarray]:
-    """Slope of y on x with all other columns held fixed, and the residuals of both."""
-    controls = data.drop(columns=["prompt_id", "x", "y"]).to_numpy()
-    x, y = (data[name] - controls @ np.linalg.lstsq(controls, data[name], rcond=None)[0] for name in ("x", "y"))
-    return float(x @ y / (x @ x)), x.to_numpy(), y.to_numpy()
 
 
 def below_start(table: pd.DataFrame, split: str = "train") -> pd.Series:
