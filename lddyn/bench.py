@@ -1,8 +1,9 @@
-"""How fast the probing engine is, beside two other ways to the same numbers, as ratios within one run.
+"""How fast the probing engine and first-order predictions are, beside other ways to the same numbers, in one run.
 
-The three ways (`WAYS`) measure twelve responses to each prompt in turn, on the same random model and tokens. Seconds
-are CPU seconds of one thread by default, which other work on the machine disturbs least; ratios and shares are
-medians over the repeats; memory is what a fresh process gains.
+The ways (`WAYS` to measure twelve responses to each prompt, `PREDICTIONS` to predict what one step does to many
+responses) take turns on the same random model and tokens. Seconds are CPU seconds of one thread by default, which
+other work on the machine disturbs least; ratios and shares are medians over the repeats; memory is what a fresh process
+gains.
 """
 
 import json
@@ -13,9 +14,12 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.func import functional_call, grad, jacrev, vmap
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from lddyn import InputError, probes, records
+from lddyn import InputError, first_order, influence, kernels, probes, records
+from lddyn.first_order import Text
 from lddyn.logprobs import log1mexp
 from lddyn.probes import Encoded
 
@@ -23,11 +27,12 @@ SHAPES = {  # width, layers, heads, vocabulary, prompts to measure
     "built-in": (128, 4, 4, 2048, 48),
     "Pythia-70M": (512, 6, 8, 50304, 6),
 }
+FIRST_ORDER = {"0.4M": (96, 3, 4, 256, 0), "6M": (256, 6, 4, 2048, 0)}  # the first is as small as explicit kernels need
 
 
 def random_model(shape: str, device: str = "cpu") -> GPTNeoXForCausalLM:
-    """A GPT-NeoX with random weights, of the size of the built-in model or of Pythia-70M."""
-    width, layers, heads, vocabulary, _ = SHAPES[shape]
+    """A GPT-NeoX with random weights, of one of the sizes in `SHAPES` and `FIRST_ORDER`."""
+    width, layers, heads, vocabulary, _ = (SHAPES | FIRST_ORDER)[shape]
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         hidden_size=width,
@@ -110,6 +115,70 @@ def shared(model, encoded: Encoded) -> Sums:
 WAYS = {"the authors' way": one_by_one, "plain batches": batched, "shared prompts": shared}
 
 
+# --- four ways to what one SFT step does to many responses -------------------------------------------------
+
+
+def random_texts(vocabulary: int, count: int, tokens: int = 16) -> list[Text]:
+    """Prompts and responses of `tokens` random tokens each; the first is the update, the rest are observed."""
+    ids = torch.randint(vocabulary, (count + 1, 2, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    return [(prompt, response) for prompt, response in ids]
+
+
+def by_one_jvp(model, update: Text, texts: list[Text]) -> Tensor:
+    """`first_order.predicted_change`: one backward pass, one Jacobian-vector product."""
+    return first_order.predicted_change(model, first_order.step(model, 1.0, [update]), texts).sums
+
+
+def by_loop(model, update: Text, texts: list[Text]) -> Tensor:
+    """A Python loop: the gradient of each response in turn, times the update."""
+    step = first_order.step(model, 1.0, [update])
+    return torch.tensor([-first_order.inner(first_order.gradient(model, [text]), step) for text in texts])
+
+
+def by_vmap(model, update: Text, texts: list[Text]) -> Tensor:
+    """torch.func's per-example gradients of all responses at once, times the update; responses of one length."""
+    step = first_order.step(model, 1.0, [update])
+    ids = torch.tensor([[*prompt, *response] for prompt, response in texts], device=model.device)
+
+    def logp(theta: dict, row: Tensor) -> Tensor:
+        z = functional_call(model, theta, (), {"input_ids": row[None], "use_cache": False}).logits[0]
+        logps = z[:-1].log_softmax(-1).gather(-1, row[1:, None])
+        return logps[len(texts[0][0]) - 1 :].sum()
+
+    with first_order.differentiable(model):
+        each = vmap(grad(logp), (None, 0))(first_order.trainable(model), ids)
+    return sum(torch.einsum("n...,...->n", g, step[name]) for name, g in each.items())
+
+
+def by_kernel(model, update: Text, texts: list[Text]) -> Tensor:
+    """The materialised kernel: torch.func's Jacobians of all logits, K = J_o J_u^T, and -A K G."""
+    theta = first_order.trainable(model)
+
+    def jacobian(text: Text) -> Tensor:
+        ids = torch.tensor([[*text[0], *text[1]]], device=model.device)
+
+        def logits(theta: dict) -> Tensor:
+            z = functional_call(model, theta, (), {"input_ids": ids, "use_cache": False}).logits[0]
+            return z[len(text[0]) - 1 : -1].flatten()
+
+        return torch.cat([j.flatten(1) for j in jacrev(logits)(theta).values()], dim=1)  # (tokens V, parameters)
+
+    z = kernels.logits(model, [update, *texts])
+    g = kernels.residual(z[0], update[1]).flatten()
+    changes = []
+    with first_order.differentiable(model):
+        of_update = jacobian(update)
+        for text, z_o in zip(texts, z[1:], strict=True):
+            change = -((jacobian(text) @ of_update.T) @ g).view(z_o.shape)
+            change = (influence.normalization(z_o.softmax(-1)) @ change.unsqueeze(-1)).squeeze(-1)
+            changes.append(change.gather(-1, torch.tensor(text[1], device=z_o.device)[:, None]).sum())
+    return torch.stack(changes)
+
+
+PREDICTIONS = {"one jvp": by_one_jvp, "loop of gradients": by_loop, "vmap of gradients": by_vmap}
+PREDICTIONS["explicit kernel"] = by_kernel
+
+
 # --- clocks and counters -----------------------------------------------------------------------------------
 
 
@@ -149,18 +218,32 @@ def in_fresh_process(way: str, shape: str, prompts: int, device: str, threads: i
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _one(way: str, shape: str, prompts: str, device: str, threads: str) -> None:
+def _one(way: str, shape: str, count: str, device: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     model = random_model(shape, device)
-    encoded = random_probes(model.config.vocab_size, int(prompts))
-    WAYS[way](model, random_probes(model.config.vocab_size, 1, (2, 2), (2, 2)))  # what the libraries load at first
+    vocabulary = model.config.vocab_size
+    if way in WAYS:
+        encoded, small = random_probes(vocabulary, int(count)), random_probes(vocabulary, 1, (2, 2), (2, 2))
+        work, warm_up = (lambda: WAYS[way](model, encoded)), lambda: WAYS[way](model, small)
+    else:
+        texts, small = random_texts(vocabulary, int(count), _tokens(shape)), random_texts(vocabulary, 1, 2)
+        work, warm_up = (lambda: _predict(way, model, texts)), lambda: by_one_jvp(model, small[0], small[1:])
+    warm_up()  # what the libraries load at first
 
     def gained() -> float:
         return torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else records.peak_memory_mb()
 
     before = gained() if device == "cpu" else torch.cuda.memory_allocated() / 2**20
-    spent, _ = seconds(lambda: WAYS[way](model, encoded), device)
+    spent, _ = seconds(work, device)
     print(json.dumps({"seconds": spent, "memory_mb": round(gained() - before)}))
+
+
+def _predict(way: str, model, texts: list[Text]) -> Tensor:
+    return PREDICTIONS[way](model, texts[0], texts[1:])
+
+
+def _tokens(shape: str) -> int:
+    return 2 if shape == "0.4M" else 16  # two tokens are what explicit Jacobians have room for
 
 
 # --- the report --------------------------------------------------------------------------------------------
@@ -198,6 +281,42 @@ def compare(shape: str, repeats: int, device: str, prompts: int | None = None, *
     return rows
 
 
+def compare_predictions(shape: str, count: int, ways: list[str], repeats: int, device: str) -> list[dict]:
+    """Ways to predict `count` responses in turn, `repeats` times. One row each: seconds, ratio to one jvp, how many
+    forward passes over the same responses that is, and the largest difference as a share of the largest change."""
+    model = random_model(shape, device)
+    texts = random_texts(model.config.vocab_size, count, _tokens(shape))
+    spent, results, forward = {way: [] for way in ways}, {}, []
+    for way in ways:
+        if way != "explicit kernel":
+            _predict(way, model, texts[:2])
+    for _ in range(repeats):
+        forward.append(seconds(lambda: first_order.logps(model, texts[1:]), device)[0])
+        for way in ways:
+            time_, results[way] = seconds(lambda way=way: _predict(way, model, texts), device)
+            spent[way].append(time_)
+    exact = results["one jvp"]
+    return [
+        {
+            "model": shape,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "observations": count,
+            "way": way,
+            "seconds": statistics.median(spent[way]),
+            "ratio": statistics.median(a / b for a, b in zip(spent[way], spent["one jvp"], strict=True)),
+            "forwards": statistics.median(a / b for a, b in zip(spent[way], forward, strict=True)),
+            "difference": ((results[way].to(exact) - exact).abs().max() / exact.abs().max()).item(),
+        }
+        for way in ways
+    ]
+
+
+def prediction_cases() -> list[tuple[str, int, list[str]]]:
+    """Model, number of responses and ways: the explicit kernel on the smallest model only."""
+    few = [way for way in PREDICTIONS if way != "explicit kernel"]
+    return [("0.4M", 1, list(PREDICTIONS)), *(("built-in", n, few) for n in (8, 32, 128)), ("6M", 32, few)]
+
+
 def table(rows: list[dict], columns: dict[str, tuple[str, str]]) -> str:
     """Rows as a Markdown table; `columns` maps a key to its heading and format."""
     lines = [[heading for heading, _ in columns.values()], ["---"] * len(columns)]
@@ -224,6 +343,11 @@ def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | N
         for shape in SHAPES
         for way in WAYS
     }
+    predicting = {
+        (shape, count, way): in_fresh_process(way, shape, count, device, threads)["memory_mb"]
+        for shape, count, ways in prediction_cases()
+        for way in ways
+    }
     ways = [row for shape in SHAPES for row in compare(shape, repeats, device)]
     ways = [row | {"memory_mb": memory[row["model"], row["way"]]} for row in ways]
     lengths = []
@@ -234,6 +358,11 @@ def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | N
     setting = {"device": device, "threads": threads, "repeats": repeats, "matrix_gflops": matrix_rate(device) / 1e9}
     setting |= {"recorded": records.now(), "git": records.git_state(), "versions": records.versions("lddyn.probes")}
     measured = {**setting, "ways": ways, "prompt_lengths": lengths, "growth": growth}
+    measured["predictions"] = [
+        row | {"memory_mb": predicting[row["model"], row["observations"], row["way"]]}
+        for case in prediction_cases()
+        for row in compare_predictions(*case, repeats, device)
+    ]
     records.write_json(out, measured)
     return measured
 
@@ -274,6 +403,20 @@ def report(measured: dict) -> str:
                 "seconds": (unit, ".2f"),
                 "each": ("milliseconds a prompt", ".1f"),
                 "memory_mb": ("memory, MiB", "d"),
+            },
+        ),
+        "What one SFT step does to many responses, to first order ([chapter 2](../notebooks/02_decomposition.ipynb)):",
+        table(
+            measured["predictions"],
+            {
+                "parameters": ("parameters", ",d"),
+                "observations": ("responses", "d"),
+                "way": ("way", ""),
+                "seconds": (unit, ".3f"),
+                "ratio": ("times one jvp", ".2f"),
+                "forwards": ("forward passes", ".1f"),
+                "memory_mb": ("memory, MiB", "d"),
+                "difference": ("largest difference, of the largest change", ".0e"),
             },
         ),
     ]

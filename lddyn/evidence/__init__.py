@@ -4,7 +4,10 @@
 """
 
 from lddyn.evidence.common import *  # noqa: F403
+from lddyn.evidence.decomposition import *  # noqa: F403
 from lddyn.evidence.dpo import *  # noqa: F403
+from lddyn.evidence.extend import *  # noqa: F403
 from lddyn.evidence.mnist import *  # noqa: F403
 from lddyn.evidence.sft import *  # noqa: F403
 from lddyn.evidence.squeezing import *  # noqa: F403
+from lddyn.evidence.variants import *  # noqa: F403
