@@ -1,7 +1,12 @@
 """Learning dynamics of LLM finetuning: the helper package of the companion.
 
-Floors, imports only go down: `__main__`, `book`, `runner` > `claims`, `figures` > `training`, `records` >
-`probes`, `models`, `preferences`, `digits` > `logprobs`, `residuals`, `influence`, `squeezing`.
+Floors, imports only go down (tests/test_project.py has the list):
+
+    run       __main__ book pdf bench runner launch sweep report
+    verdicts  claims evidence figures display
+    training  training sft dpo decomposition variants extend tune rephrase judging
+    models    probes models preferences prose digits world chat estimate
+    maths     logprobs residuals influence first_order kernels squeezing, and records, reuse
 """
 
 import warnings

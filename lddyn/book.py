@@ -174,10 +174,20 @@ def _figure_address(entry: dict) -> str:
     return f"../notebooks/{entry['chapter']}.html#{make_id(entry['see'])}"
 
 
+def write_chapters(shown: dict[str, dict]) -> None:
+    """The table of the chapters for the first page: scale, seeds, and how long its runs took."""
+    lines = ""
+    for name in chapters():
+        runs = [run.manifest for run in shown[name]["runs"]]
+        seeds = len({m["parameters"]["seed"] for m in runs})
+        minutes = sum(m["seconds"] for m in runs) / 60
+        lines += f"| {{doc}}`/notebooks/{name}` | {shown[name]['scale']} | {seeds} | {len(runs)} | {minutes:.1f} |\n"
+    head = "| chapter | scale | seeds | runs | minutes of one core |\n|---|---|---|---|---|\n"
+    _write("chapters.md", head + lines)
+
+
 def write_status() -> None:
     """The page with what was run, when, for how long and whether it is still fresh."""
-    executed = [(name, _metadata(EXECUTED / f"{name}.ipynb")) for name in chapters()]
-    lines = "\n".join(f"| {name} | {m.get('scale', 'not run')} | {m.get('seconds', '-')} |" for name, m in executed)
     rows = "".join(
         f"<tr><td><code>{escape(e['run'])}</code></td><td>{e['state']}</td><td>{e.get('seconds') or '-'}</td>"
         f"<td>{escape((e.get('finished') or '')[:16].replace('T', ' '))}</td><td>{escape(e['why'])}</td></tr>"
@@ -190,9 +200,8 @@ def write_status() -> None:
 
 This page is written when the book is built.
 
-| chapter | scale | seconds to execute |
-|---|---|---|
-{lines}
+```{{include}} chapters.md
+```
 
 A run is *fresh* while the code that it reaches, its inputs and the versions of its libraries are unchanged;
 `python -m lddyn status` prints the same list.
@@ -304,6 +313,7 @@ def _build(scale: str, force: bool) -> int:
         return 1
     shown = published()
     write_hero(shown)
+    write_chapters(shown)
     write_scorecard(claims.verdicts(shown))
     write_status()
     write_data_card()

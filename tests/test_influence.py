@@ -38,6 +38,15 @@ def test_peakiness_is_the_squared_norm_of_the_explicit_matrix(vocab):
     torch.testing.assert_close(influence.peakiness(p), explicit, rtol=1e-12, atol=0)
 
 
+def test_two_misprints_of_appendix_c_differ_from_what_is_so():
+    p = torch.randn(7, dtype=torch.float64).softmax(-1)
+    diagonal = torch.func.jacrev(lambda v: v.softmax(-1))(p.log()).diagonal()
+    torch.testing.assert_close(diagonal, p * (1 - p))
+    assert (diagonal - (1 - p * p)).abs().min() > 0.1
+    uniform = torch.full((16,), 1 / 16, dtype=torch.float64)
+    assert uniform.square().sum() == 1 / 16 and influence.peakiness(uniform) == 16 - 2 + 16 / 16
+
+
 def test_residual_is_the_gradient_of_cross_entropy_with_respect_to_logits():
     z, y = torch.randn(5, 9, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 8, 2, 2])
     torch.nn.functional.cross_entropy(z, y, reduction="sum").backward()
