@@ -405,7 +405,7 @@ def report(measured: dict) -> str:
                 "memory_mb": ("memory, MiB", "d"),
             },
         ),
-        "What one SFT step does to many responses, to first order ([chapter 2](../notebooks/02_decomposition.ipynb)):",
+        "What one SFT step does to many responses, to first order (chapter 2):",
         table(
             measured["predictions"],
             {

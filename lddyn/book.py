@@ -1,5 +1,6 @@
 """Build the book: execute what is stale, write the generated pages, render strictly."""
 
+import ast
 import hashlib
 import json
 import re
@@ -32,10 +33,12 @@ def chapters() -> list[str]:
 
 
 def fingerprint(notebook: Path, scale: str) -> str:
-    """Hash of all that decides what an executed notebook shows: its source, the scale, the package and the versions."""
-    files = [*sorted(records.PACKAGE.rglob("*.py")), claims.LEDGER]
-    parts = [notebook.read_text(), scale, *(f.read_text() for f in files)]
-    parts += [f"{name} {version}" for name, version in records.versions("lddyn.figures").items()]
+    """Hash of all that decides what an executed notebook shows: its source, scale, rules, code and library versions."""
+    cells = json.loads(notebook.read_text())["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    reached = sorted(name for name in records._imports(ast.parse(code)) if name.startswith("lddyn."))
+    parts = [notebook.read_text(), scale, claims.LEDGER.read_text()]
+    parts += [f"{records.code_hashes(name)} {records.versions(name)}" for name in reached]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
