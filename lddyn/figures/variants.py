@@ -95,6 +95,7 @@ def softening(ends: pd.DataFrame) -> Figure:
     )
     colors = dict(zip(mean.index, sns.color_palette("husl", len(mean)), strict=True))
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 4.2), sharey=True)
+    axes[0].set_yscale("symlog", linthresh=0.5)  # most losses keep chosen within a nat, a few lose many
     for ax, x in zip(axes, ("margin", "won"), strict=True):
         for name in mean.index:
             place = mean.loc[name, [x, "chosen"]].to_numpy(dtype=float)
