@@ -325,13 +325,17 @@ def _build(scale: str, force: bool) -> int:
     return render()
 
 
+def jupyter_book(*options: str) -> subprocess.CompletedProcess:
+    """Let Jupyter Book build all pages; what it printed is in the result."""
+    start = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    return subprocess.run([*start, "build", str(BOOK), "--all", *options], capture_output=True, text=True)
+
+
 def render() -> int:
     """Render the pages with Jupyter Book, warnings as errors; nothing is left over from an earlier build."""
     index = BOOK / "_build" / "html" / "index.html"
     shutil.rmtree(index.parent, ignore_errors=True)
-    start = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
-    options = ["build", str(BOOK), "-W", "-n", "--keep-going", "--all"]
-    done = subprocess.run([*start, *options], capture_output=True, text=True)
+    done = jupyter_book("-W", "-n", "--keep-going")
     if done.returncode or not index.exists():
         lines = (done.stdout + done.stderr).splitlines()
         told = [line for line in lines if re.search("WARNING|ERROR|Error", line)] or lines[-20:]

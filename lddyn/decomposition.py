@@ -14,14 +14,8 @@ from lddyn.first_order import Parameters, Text
 from lddyn.probes import Encoded, ProbeSet
 from lddyn.training import ProbeCallback, dpo_rows, log_rows, sft_rows, train
 
-ETAS = [
-    5e-8,
-    5e-7,
-    5e-6,
-    5e-5,
-    5e-4,
-    5e-3,
-]  # the second is the paper's learning rate, the fifth the built-in one of SFT
+# the second is the paper's learning rate, the fifth the built-in one of SFT
+ETAS = [5e-8, 5e-7, 5e-6, 5e-5, 5e-4, 5e-3]
 # how else the same answers are learned: optimizer, adapter, learning rate as a multiple of the main run's
 VARIANTS = {
     "RMSprop": {"optimizer": "rmsprop", "faster": 0.2},

@@ -1,8 +1,6 @@
 """The built book as one PDF, printed by a browser, maths and figures included."""
 
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -34,9 +32,7 @@ def write(out: Path) -> Path:
     from playwright.sync_api import sync_playwright
 
     with tempfile.TemporaryDirectory() as folder:
-        words = ["build", str(book.BOOK), "--builder", "singlehtml", "--path-output", folder, "--all"]
-        start = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
-        done = subprocess.run([*start, *words], capture_output=True, text=True)
+        done = book.jupyter_book("--builder", "singlehtml", "--path-output", folder)
         page = Path(folder) / "_build" / "singlehtml" / "intro.html"
         if done.returncode or not page.exists():
             raise records.RecordError(f"the book did not build as one page: {done.stderr.strip().splitlines()[-1:]}")
@@ -48,9 +44,8 @@ def write(out: Path) -> Path:
             tab.wait_for_function(
                 "[...document.querySelectorAll('.math')].every(e => e.querySelector('mjx-container'))", timeout=120_000
             )
-            tab.evaluate(
-                "document.querySelectorAll('.toggle-hidden').forEach(e => e.classList.remove('toggle-hidden'))"
-            )
+            # the answers to the exercises are open on paper; code that is folded stays so
+            tab.evaluate("document.querySelectorAll('details:not(.hide)').forEach(e => { e.open = true; })")
             records.write_atomically(out, lambda path: path.write_bytes(tab.pdf(**PAPER)))
             browser.close()
     return out

@@ -12,7 +12,6 @@ import contextlib
 import importlib
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -83,7 +82,7 @@ def engine(name: str, workers: int | None = None, address: str | None = None):
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES)
     if name == "processes":
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=records._one_thread) as pool:
             yield pool
         return
     try:
@@ -102,11 +101,6 @@ def engine(name: str, workers: int | None = None, address: str | None = None):
         raise InputError(f"no dask scheduler at {address!r} ({str(error).splitlines()[0]})") from error
     with client:
         yield client
-
-
-def _one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def run_all(jobs: Sequence[tuple[dict, dict[str, Path]]], executor) -> list[records.Run]:

@@ -83,3 +83,20 @@ def partial_slope(data: pd.DataFrame) -> tuple[float, np.ndarray, np.ndarray]:
     controls = data.drop(columns=["prompt_id", "x", "y"]).to_numpy()
     x, y = (data[name] - controls @ np.linalg.lstsq(controls, data[name], rcond=None)[0] for name in ("x", "y"))
     return float(x @ y / (x @ x)), x.to_numpy(), y.to_numpy()
+
+
+def bootstrapped_slope(data: pd.DataFrame, draws: int) -> dict:
+    """`partial_slope` with a 95% interval from a bootstrap over prompts: `slope, interval` and the residuals `x, y`."""
+    prompts = data.groupby("prompt_id", observed=True).indices
+    random, names = np.random.default_rng(0), list(prompts)
+    slopes = []
+    for _ in range(draws):
+        drawn = np.concatenate([prompts[names[i]] for i in random.integers(len(names), size=len(names))])
+        slopes.append(partial_slope(data.iloc[drawn])[0])
+    slope, x, y = partial_slope(data)
+    return {"slope": slope, "interval": tuple(np.quantile(slopes, [0.025, 0.975])), "x": x, "y": y}
+
+
+def share_won(gain: pd.Series) -> float:
+    """Share of prompts whose score has grown; where it has not changed a prompt counts half."""
+    return float(((gain > 0) + 0.5 * (gain == 0)).mean())

@@ -105,16 +105,6 @@ def step_explained(rows: pd.DataFrame, over: str = "1") -> float:
     return explained(each.predicted.to_numpy(), each.measured.to_numpy())
 
 
-def lm_step_explained(table: pd.DataFrame) -> float:
-    """Smallest share over SFT, DPO and all variants of what optimisers' applied steps did that first order explains."""
-    return min(step_explained(rows) for rows in followed(table).values())
-
-
-def lm_run_explained(table: pd.DataFrame) -> float:
-    """Smaller of the shares of SFT's and DPO's whole change that the summed predictions of all steps explain."""
-    return min(run_explained(followed(table)[name]) for name in MAIN.values())
-
-
 # --- identities --------------------------------------------------------------------------------------------
 
 

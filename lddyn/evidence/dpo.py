@@ -7,12 +7,12 @@ from lddyn.evidence.common import (
     AUTHORS_KEYS,
     BELLS,
     NATURAL,
+    bootstrapped_slope,
     change,
     curve,
     fall,
     mean_interval,
     order,
-    partial_slope,
     rise,
     sign_delta,
     wide,
@@ -127,11 +127,6 @@ def dpo_top_never_trained(table: pd.DataFrame) -> float:
     return top_change(dpo_baseline(table), "never trained")
 
 
-def dpo_gap(table: pd.DataFrame) -> float:
-    """Growth of log pi(y*) - log pi(chosen) along the chosen answers, nats."""
-    return dpo_top_chosen(table) - dpo_chosen_change(table)
-
-
 def dpo_top_minus_sft_chosen(table: pd.DataFrame) -> float:
     """Rise of log pi(y*) per epoch of DPO minus rise of log pi(chosen) per epoch of SFT, nats.
 
@@ -240,14 +235,7 @@ def valley(table: pd.DataFrame, draws: int = 1000) -> dict:
         }
         parts.append(pd.DataFrame(part).assign(**{f"seed_{seed}": 1.0}))
     data = pd.concat(parts).fillna(0.0).rename_axis("prompt_id").reset_index()
-    prompts = data.groupby("prompt_id", observed=True).indices
-    random, names = np.random.default_rng(0), list(prompts)
-    slopes = []
-    for _ in range(draws):
-        drawn = np.concatenate([prompts[names[i]] for i in random.integers(len(names), size=len(names))])
-        slopes.append(partial_slope(data.iloc[drawn])[0])
-    slope, x, y = partial_slope(data)
-    return {"slope": slope, "interval": tuple(np.quantile(slopes, [0.025, 0.975])), "x": x, "y": y}
+    return bootstrapped_slope(data, draws)
 
 
 def below_start(table: pd.DataFrame, split: str = "train") -> pd.Series:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from lddyn.evidence.common import curve
+from lddyn.evidence.common import curve, share_won
 
 OTHERS = ("chosen_semantic", "chosen_initial", "other_test")  # natural responses that DPO does not train on
 
@@ -185,6 +185,6 @@ def extend_softening(table: pd.DataFrame) -> pd.DataFrame:
                 gain = end.iloc[:, -1] - start.iloc[:, 0]
                 chosen = extend_changes(runs, arm, "chosen", design="main").iloc[-1]
                 margin = extend_growth(runs, arm, "main").iloc[-1]
-                won = float(((gain > 0) + 0.5 * (gain == 0)).mean())
-                rows.append({"name": name, "seed": seed, "margin": margin, "chosen": chosen, "won": won})
+                end = {"margin": margin, "chosen": chosen, "won": share_won(gain)}
+                rows.append({"name": name, "seed": seed} | end)
     return pd.DataFrame(rows)

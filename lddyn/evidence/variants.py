@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from lddyn.evidence.common import change, curve, partial_slope, wide
+from lddyn.evidence.common import bootstrapped_slope, change, curve, partial_slope, share_won, wide
 from lddyn.evidence.dpo import PATHS, dpo_margins, top_change
 
 UNPUSHED = ("chosen_semantic", "other_train", "other_test", "unrelated")  # in no pair that is trained on
@@ -48,7 +48,7 @@ def variant_ends(named: pd.DataFrame) -> pd.DataFrame:
             end |= {decoding: after[decoding].mean() for decoding in after}
             if "sampled" in after and "sampled" in before:
                 gain = after.sampled - before.sampled
-                end["won"] = float(((gain > 0) + 0.5 * (gain == 0)).mean())
+                end["won"] = share_won(gain)
             rows.append({"name": name, "seed": seed} | end)
     return pd.DataFrame(rows)
 
@@ -141,18 +141,6 @@ def on_policy_chosen(table: pd.DataFrame) -> float:
     return change(_source(table, "both own"), "chosen") - change(_source(table, "data"), "chosen")
 
 
-def on_policy_score(table: pd.DataFrame) -> float:
-    """Score of sampled answers after on-policy pairs, drawn anew, minus that after the data's pairs."""
-    after = [_scores(_source(table, name)).sampled.mean() for name in ("both own", "data")]
-    return float(after[0] - after[1])
-
-
-def refreshed_score(table: pd.DataFrame) -> float:
-    """Score of sampled answers after on-policy pairs that are drawn anew, minus that of pairs drawn once."""
-    after = [_scores(_source(table, name)).sampled.mean() for name in ("both own", "both own, once")]
-    return float(after[0] - after[1])
-
-
 def pushes(table: pd.DataFrame) -> pd.DataFrame:
     """Every single push: a row for each seed, prompt and pushed kind, its metrics as columns."""
     rows = table[table.metric.astype(str).str.contains("^(?:pushed|watched)_(?:start|change|top_change|tokens)$")]
@@ -183,12 +171,5 @@ def push_fit(table: pd.DataFrame, draws: int = 500) -> dict:
     `kind` names what was pushed in each row of the residuals `x` and `y`.
     """
     single = pushes(table)
-    data = _push_data(single)
-    prompts, random = data.groupby("prompt_id").indices, np.random.default_rng(0)
-    names, slopes = list(prompts), []
-    for _ in range(draws):
-        drawn = np.concatenate([prompts[names[i]] for i in random.integers(len(names), size=len(names))])
-        slopes.append(partial_slope(data.iloc[drawn])[0])
-    slope, x, y = partial_slope(data)
-    interval = tuple(np.quantile(slopes, [0.025, 0.975]))
-    return {"slope": slope, "interval": interval, "x": x, "y": y, "kind": single.response_type.astype(str).to_numpy()}
+    fit = bootstrapped_slope(_push_data(single), draws)
+    return fit | {"kind": single.response_type.astype(str).to_numpy()}
