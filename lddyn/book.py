@@ -36,7 +36,7 @@ def fingerprint(notebook: Path, scale: str) -> str:
     """Hash of all that decides what an executed notebook shows: its source, scale, rules, code and library versions."""
     cells = json.loads(notebook.read_text())["cells"]
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
-    reached = sorted(name for name in records._imports(ast.parse(code)) if name.startswith("lddyn."))
+    reached = sorted(name for name in records.imports(ast.parse(code)) if name.startswith("lddyn."))
     parts = [notebook.read_text(), scale, claims.LEDGER.read_text()]
     parts += [f"{records.code_hashes(name)} {records.versions(name)}" for name in reached]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lddyn import first_order, influence, kernels, models, preferences, probes, records, residuals, sft, unknown
+from lddyn import first_order, influence, kernels, models, preferences, records, residuals, sft, unknown
 from lddyn.first_order import Parameters, Text
 from lddyn.probes import Encoded, ProbeSet
-from lddyn.training import ProbeCallback, dpo_rows, log_rows, sft_rows, train
+from lddyn.training import ProbeCallback, dpo_rows, log_rows, sft_rows, train, with_adapters
 
 # the second is the paper's learning rate, the fifth the built-in one of SFT
 ETAS = [5e-8, 5e-7, 5e-6, 5e-5, 5e-4, 5e-3]
@@ -74,25 +74,15 @@ def grid(chosen: dict, seeds: Sequence[int], device: str, dtype: str) -> tuple[l
 def dpo_grid(chosen: dict, stage: records.Run) -> list[dict]:
     """The run of DPO that follows a main SFT run; none follows a variant."""
     given = stage.manifest["parameters"]
-    changed = {"method": "dpo", "stage": str(stage.folder), "epochs": chosen["dpo_epochs"], "lr": chosen["dpo_lr"]}
-    return [given | changed | {"batch_size": chosen["dpo_batch_size"]}] if given["whole"] else []
+    changed = {"method": "dpo", "model": sft.base_model(chosen), "stage": str(stage.folder)}
+    changed |= {"epochs": chosen["dpo_epochs"], "lr": chosen["dpo_lr"], "batch_size": chosen["dpo_batch_size"]}
+    return [given | changed] if given["whole"] else []
 
 
 def drawn(data: str, count: int, seed: int) -> list[preferences.Example]:
     """Training examples that depend on the seed: these runs are small, and should not all be about the same few."""
     everything = preferences.load(data, "train")
     return [everything[i] for i in np.random.default_rng(seed).permutation(len(everything))[:count]]
-
-
-def probe_set(model, tokenizer, data: str, examples: list, n_probe: int, seed: int, lengths: dict) -> ProbeSet:
-    """All types of response to the first `n_probe` of the examples; the initial sample is the model's as it is now."""
-    few = examples[:n_probe]
-    responses = preferences.response_types(few, preferences.load(data, "test"), examples, seed)
-    if "chosen_initial" not in responses:
-        prompts = [e["prompt"] for e in few]
-        sampled = probes.sample(model, tokenizer, prompts, lengths["max_response"], seed, lengths["max_prompt"])
-        responses["chosen_initial"] = [answer.text for answer in sampled]
-    return ProbeSet([e["prompt"] for e in few], responses, [f"train/{e['id']}" for e in few])
 
 
 # --- what is looked at -------------------------------------------------------------------------------------
@@ -355,9 +345,9 @@ def follow(
     lengths = {"max_prompt": max_prompt, "max_response": max_response}
     base, tokenizer = models.load(model, device=device, dtype=dtype)
     examples = drawn(data, n_train, seed)
-    probed = probe_set(base, tokenizer, data, examples, n_probe, seed, lengths)
+    probed = sft.probe_set(base, tokenizer, examples, preferences.load(data, "test"), n_probe, 0, seed, lengths)
     lm = models.load(str(Path(stage) / "model"), device=device, dtype=dtype)[0] if stage else base
-    lm = with_lora(lm, seed) if adapter == "lora" else lm
+    lm = with_adapters(lm, 8, seed) if adapter == "lora" else lm
     prompts, chosen, rejected = ([e[field] for e in examples] for field in ("prompt", "chosen", "rejected"))
     if method == "sft":
         rows = sft_rows(tokenizer, prompts, chosen, **lengths)
@@ -393,13 +383,3 @@ def follow(
     if whole and method == "sft":
         models.save(lm, tokenizer, work.parent / "model")
     return records.compact(pd.concat([callback.table(), log_rows(log, batch_size)], ignore_index=True))
-
-
-def with_lora(model, seed: int, rank: int = 8):
-    """The model with low-rank adapters on every linear layer but the output; only they are trained."""
-    from peft import LoraConfig, get_peft_model
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0)
-        return get_peft_model(model, config)

@@ -76,8 +76,8 @@ def grid(chosen: dict, stage: records.Run, loss: str, device: str, dtype: str) -
     kinds = [kind for kind, source in PAIRS.items() if source in first]
     cells = [{"pairs": kind} | cell for kind in kinds for cell in ({}, {"sft_epochs": longer}, {"lr": slow})]
     cells += [{"sft_epochs": 0}, {"beta": chosen["beta"] * 5}, {"beta": chosen["beta"] * 5, "lr": slow}]
-    given = stage.manifest["parameters"]
-    whole = common | {"seed": given["seed"], "model": given["model"], "stage": str(stage.folder)}
+    seed = stage.manifest["parameters"]["seed"]
+    whole = common | {"seed": seed, "model": sft.base_model(chosen), "stage": str(stage.folder)}
     return [whole, *(whole | short | cell for cell in cells)]
 
 
@@ -284,8 +284,10 @@ def align(
     data = write_pairs(work / "pairs.jsonl", data, pairs, n_train) if pairs != "as_written" else data
     start = str(Path(stage) / f"model-{sft_epochs}") if sft_epochs else model
     lm, tokenizer = models.load(start, device=device, dtype=dtype)
-    probed = _probe_set(model, lm, tokenizer, data, measure, n_train, n_probe, n_probe_test, seed, lengths)
-    examples = preferences.load(data, "train", limit=n_train)
+    examples, test_set = preferences.load(data, "train", limit=n_train), preferences.load(data, "test")
+    kinds = MEASURE[measure]
+    initial = models.load(model, device=device, dtype=dtype)[0] if "chosen_initial" in kinds else None
+    probed = sft.probe_set(initial, tokenizer, examples, test_set, n_probe, n_probe_test, seed, lengths, kinds)
     rows = dpo_rows(tokenizer, *([e[field] for e in examples] for field in ("prompt", "chosen", "rejected")), **lengths)
     steps = int(-(-len(rows) // batch_size) * epochs)
     callback = ProbeCallback(probed, at=records.dense_early(steps, evaluations), **lengths)
@@ -312,13 +314,3 @@ def align(
         encoded = probed.encode(tokenizer, **lengths)
         table.append(mass_rows(reference, lm.eval(), encoded, account, steps, batch_size))
     return records.compact(pd.concat(table, ignore_index=True))
-
-
-def _probe_set(model, lm, tokenizer, data, measure, n_train, n_probe, n_probe_test, seed, lengths) -> ProbeSet:
-    """Chapter 3's probes, with the initial sample from the model before any finetuning; or a part of the types."""
-    kinds = MEASURE[measure]
-    if "chosen_initial" in kinds:
-        lm, _ = models.load(model, device=str(lm.device), dtype=str(lm.dtype).removeprefix("torch."))
-    sampled = lengths if "chosen_initial" in kinds else lengths | {"max_response": 1}  # sampled, but not used
-    probed = sft.probe_set(lm, tokenizer, data, n_train, n_probe, n_probe_test, seed, sampled)
-    return ProbeSet(probed.prompts, {k: probed.responses[k] for k in kinds if k in probed.responses}, probed.prompt_ids)

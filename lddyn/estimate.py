@@ -143,7 +143,8 @@ def estimate(chosen: Mapping, world: int = 1, rate: float | None = None) -> Esti
     kept = 2 if chosen["bf16"] else weight
     trained = s.adapted * chosen["lora"] if chosen["lora"] else s.parameters
     trained_bytes = 4 if chosen["lora"] else weight  # adapters are float32
-    at_head = min(tokens, 4096) * min(s.vocab, 8192) if pairs == 2 else tokens * s.vocab  # TRL's DPO works in tiles
+    answered = tokens * chosen["max_response"] // length  # the output layer sees only these
+    at_head = min(answered, 4096) * min(s.vocab, 2**15) if pairs == 2 else answered * s.vocab  # TRL's DPO has tiles
     probed = chosen["n_probe"] + chosen["n_probe_test"]
     probed_tokens = probed * (chosen["max_prompt"] + TYPES * length)
     cached = min(chosen["probe_tokens"] or probes.BATCH_TOKENS[device], probed_tokens)

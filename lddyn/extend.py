@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lddyn import InputError, judging, models, preferences, probes, records, sft, unknown, world
+from lddyn import InputError, judging, models, preferences, records, sft, unknown, world
 from lddyn.probes import ProbeSet
 from lddyn.training import ProbeCallback, dpo_rows, log_rows, sft_rows, train
 
@@ -100,20 +100,6 @@ def world_grid(chosen: dict, seeds: Sequence[int], device: str, dtype: str) -> t
 # --- the runs ----------------------------------------------------------------------------------------------
 
 
-def probe_set(model, tokenizer, of_train, of_test, train_set, test_set, seed: int, lengths: dict) -> ProbeSet:
-    """Examples that are trained on and examples that are not, with the responses of KINDS that the data has.
-
-    `chosen_initial` is sampled from the model as it is now, which is before SFT.
-    """
-    examples = [*of_train, *of_test]
-    responses = preferences.response_types(examples, other_test=test_set, other_train=train_set, seed=seed)
-    prompts = [e["prompt"] for e in examples]
-    sampled = probes.sample(model, tokenizer, prompts, lengths["max_response"], seed, lengths["max_prompt"])
-    responses.setdefault("chosen_initial", [answer.text if answer.text.strip() else "." for answer in sampled])
-    ids = [f"train/{e['id']}" for e in of_train] + [f"test/{e['id']}" for e in of_test]
-    return ProbeSet(prompts, {kind: responses[kind] for kind in KINDS if kind in responses}, ids)
-
-
 class Answering(ProbeCallback):
     """Also answers prompts after some optimiser steps, greedily and by one sample, into `folder`."""
 
@@ -130,23 +116,8 @@ class Answering(ProbeCallback):
     def _measure(self, args, state, model) -> None:
         super()._measure(args, state, model)
         if self.examples and state.global_step in self.at_judged:
-            written = respond(model, self.tokenizer, self.examples, self.seed, self.lengths)
+            written = sft.respond(model, self.tokenizer, self.examples, 1, self.seed, self.lengths)
             records.write_json(self.folder / f"answers-{state.global_step}.json", written)
-
-
-def respond(model, tokenizer, examples: Sequence[dict], seed: int, lengths: dict) -> list[dict]:
-    """One greedy and one sampled answer to each prompt: dictionaries `prompt_id, prompt, decoding, text`."""
-    prompts = [e["prompt"] for e in examples]
-    how = {"max_new_tokens": lengths["max_response"], "max_prompt": lengths["max_prompt"], "batch_size": 128}
-    decoded = {
-        "greedy": probes.greedy(model, tokenizer, prompts, **how),
-        "sampled": probes.sample(model, tokenizer, prompts, seed=seed, **how),
-    }
-    return [
-        {"prompt_id": f"test/{e['id']}", "prompt": e["prompt"], "decoding": decoding, "text": answer.text}
-        for decoding, answers in decoded.items()
-        for e, answer in zip(examples, answers, strict=True)
-    ]
 
 
 def follow(
@@ -193,7 +164,7 @@ def follow(
     common |= {"optimizer": optimizer, "warmup": warmup}
     lm, tokenizer = models.load(model, device=device, dtype=dtype)
     examples, test = preferences.load(data, "train", limit=n_train), preferences.load(data, "test")
-    probed = probe_set(lm, tokenizer, examples[:n_probe], test[:n_probe_test], examples, test, seed, lengths)
+    probed = sft.probe_set(lm, tokenizer, examples, test, n_probe, n_probe_test, seed, lengths, KINDS)
     asked = [test[i] for i in np.random.default_rng(seed).permutation(len(test))[:judged]]
     prompts = [e["prompt"] for e in examples]
     targets = ARMS[arm].targets

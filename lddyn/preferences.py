@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -192,15 +192,16 @@ def response_types(
     other_test: Sequence[Example] = (),
     other_train: Sequence[Example] | None = None,
     seed: int = 0,
+    kinds: Collection[str] = RESPONSE_TYPES,
 ) -> dict[str, list[str]]:
     """The responses of each type, one an example: what the source has, and what can be built from it.
 
     other_train: the chosen response of another example of `other_train` (default: of `examples`), y_{j != u};
     other_test: of an example of `other_test`, which must never be trained on;
     chosen_shuffled, test_shuffled: the words of chosen and of other_test in random order.
-    A type that the source lacks and that cannot be built is left out, and a warning names it; `chosen_initial` is
-    sampled from the model, by `lddyn.probes`. Section 4.1 and appendix D.1; deviation: the authors take other_test from
-    the training split.
+    One of `kinds` that the source lacks and that cannot be built is left out, and a warning names it;
+    `chosen_initial` is sampled from the model, by `lddyn.sft`. Section 4.1 and appendix D.1; deviation: the authors
+    take other_test from the training split.
     """
     given = {name: [e[name] for e in examples] for name in RESPONSE_TYPES if all(name in e for e in examples)}
     derived = {
@@ -211,10 +212,10 @@ def response_types(
     found = {name: texts for name, texts in derived.items() if texts} | given
     if "other_test" in found:
         found.setdefault("test_shuffled", _shuffled(found["other_test"], seed + 1))
-    left_out = [name for name in RESPONSE_TYPES if name not in found and name != "chosen_initial"]
+    left_out = [name for name in kinds if name not in found and name != "chosen_initial"]
     if left_out:
         warnings.warn(f"response types left out, the data lacks them: {', '.join(left_out)}", stacklevel=2)
-    return {name: found[name] for name in RESPONSE_TYPES if name in found}
+    return {name: found[name] for name in RESPONSE_TYPES if name in found and name in kinds}
 
 
 def _of_others(examples: Sequence[Example], pool: Sequence[Example], seed: int) -> list[str]:

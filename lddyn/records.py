@@ -63,7 +63,8 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _imports(tree: ast.Module) -> set[str]:
+def imports(tree: ast.Module) -> set[str]:
+    """Names of all modules that a syntax tree imports, and of what it imports from them."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -108,14 +109,14 @@ def code_hashes(module: str) -> dict[str, str]:
         source = _source(name)
         if source and name not in hashes:
             hashes[name] = source[1]
-            todo |= {i for i in _imports(source[0]) if i.startswith("lddyn.")}
+            todo |= {i for i in imports(source[0]) if i.startswith("lddyn.")}
     return dict(sorted(hashes.items()))
 
 
 @cache
 def versions(module: str) -> dict[str, str]:
     """Versions of Python and of the numerical libraries that a module's code imports."""
-    used = {name.split(".")[0] for m in code_hashes(module) for name in _imports(_source(m)[0])}
+    used = {name.split(".")[0] for m in code_hashes(module) for name in imports(_source(m)[0])}
     found = {
         name: importlib.metadata.version("scikit-learn" if name == "sklearn" else name)
         for name in ("numpy", "peft", "scipy", "sklearn", "tokenizers", "torch", "transformers", "trl")
@@ -316,9 +317,7 @@ def run(
     Two processes that ask for the same run wait for each other. Raises `RecordError` when the
     folder cannot be written, before anything is computed.
     """
-    description = describe(function, parameters, inputs or {})
-    name = f"{function.__module__.removeprefix('lddyn.')}.{function.__name__}"
-    folder = (root or runs_root()) / f"{name}-{key(description)}"
+    folder, description = _place(function, parameters, inputs, root)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{folder}.lock")
@@ -332,6 +331,13 @@ def run(
             except RecordError as error:
                 print(f"lddyn: {error}; computing it again", file=sys.stderr)
         return _compute(function, parameters, description, folder, threads)
+
+
+def _place(function: Callable, parameters: Mapping, inputs: Mapping[str, Path] | None, root: Path | None = None):
+    """The folder of a run, whether it is there or not, and the description that names it."""
+    description = describe(function, parameters, inputs or {})
+    name = f"{function.__module__.removeprefix('lddyn.')}.{function.__name__}"
+    return (root or runs_root()) / f"{name}-{key(description)}", description
 
 
 def _compute(function, parameters, description, folder: Path, threads) -> Run:
@@ -385,7 +391,7 @@ def run_all(
     """
     settings = [dict(s) for s in settings]
     with _pool(min(workers or os.cpu_count() or 1, len(settings)), executor) as submit:
-        return _results([submit(run, function, s, inputs, root=runs_root()) for s in settings])
+        return _results([submit(function, s, inputs) for s in settings])
 
 
 def run_then(
@@ -403,7 +409,7 @@ def run_then(
     the order of `settings`. Otherwise as `run_all`.
     """
     with _pool(workers or os.cpu_count() or 1, executor) as submit:
-        before = [submit(run, first, dict(s), inputs, root=runs_root()) for s in settings]
+        before = [submit(first, dict(s), inputs) for s in settings]
         waiting, after = list(before), {}
         while waiting:
             done = next((f for f in waiting if f.done()), None)
@@ -412,21 +418,36 @@ def run_then(
                 continue
             waiting.remove(done)
             if not done.exception():
-                after[done] = [submit(run, then, dict(s), inputs, root=runs_root()) for s in settings_of(done.result())]
+                after[done] = [submit(then, dict(s), inputs) for s in settings_of(done.result())]
         _results([f for f in before if f not in after] + [f for futures in after.values() for f in futures])
         return [f.result() for stage in before for f in after[stage]]
 
 
 @contextlib.contextmanager
 def _pool(workers: int, executor: Executor | None):
-    """The `submit` of an executor, of a pool of processes, or, for one worker, a call on the spot."""
+    """A function that starts a run: in an executor, in a pool of processes, or, for one worker, on the spot.
+
+    What is in the cache is read here: a pool starts its processes, which takes seconds, at the first run that is not.
+    """
+
+    def submit(function: Callable, parameters: dict, inputs: Mapping[str, Path] | None) -> Future:
+        folder, _ = _place(function, parameters, inputs)
+        try:
+            found = load(folder)
+        except RecordError:
+            return start(run, function, parameters, inputs, root=runs_root())
+        return _call(lambda: found)
+
     if executor is not None:
-        yield executor.submit
+        start = executor.submit
+        yield submit
     elif workers <= 1:
-        yield _call
+        start = _call
+        yield submit
     else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-            yield pool.submit
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=one_thread) as pool:
+            start = pool.submit
+            yield submit
 
 
 def _call(function: Callable, *args, **options) -> Future:
@@ -445,7 +466,8 @@ def _results(futures: Sequence[Future]) -> list:
     return [future.result() for future in futures]
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
+    """In a new process: one thread each, before torch and the tokenizers are imported."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

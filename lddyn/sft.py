@@ -1,6 +1,6 @@
 """Chapter 3: supervised finetuning, measured on all kinds of response (section 4.1, figure 3, appendix D)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -63,21 +63,31 @@ def grid(chosen: dict, seeds: Sequence[int], loss: str, device: str, dtype: str)
     return runs, {**models.inputs(model), **preferences.inputs(chosen["data"])}
 
 
-def probe_set(model, tokenizer, data: str, n_train: int, n_probe: int, n_probe_test: int, seed: int, lengths: dict):
-    """The probes of section 4: prompts that are trained on and prompts that are not, with all types of response.
+def probe_set(
+    model,
+    tokenizer,
+    train_set: Sequence[dict],
+    test_set: Sequence[dict],
+    n_probe: int,
+    n_probe_test: int,
+    seed: int,
+    lengths: dict,
+    kinds: Collection[str] = probes.RESPONSE_TYPES,
+) -> ProbeSet:
+    """The probes of section 4: the first prompts that are trained on, and of those that are not, and their responses.
 
-    Prompt ids start with `train/` or `test/`. `chosen_initial` is sampled from the model as it is now.
+    Prompt ids start with `train/` or `test/`. Answers to other prompts come from anywhere in the two sets. The model is
+    read only for `chosen_initial`, which is sampled from it as it is now.
     """
-    train_set, test_set = preferences.load(data, "train", limit=n_train), preferences.load(data, "test")
     of_train, of_test = train_set[:n_probe], test_set[:n_probe_test]
     examples = [*of_train, *of_test]
-    responses = preferences.response_types(examples, other_test=test_set, other_train=train_set, seed=seed)
-    if "chosen_initial" not in responses:
-        prompts = [e["prompt"] for e in examples]
+    prompts = [e["prompt"] for e in examples]
+    responses = preferences.response_types(examples, test_set, train_set, seed, kinds)
+    if "chosen_initial" in kinds and "chosen_initial" not in responses:
         sampled = probes.sample(model, tokenizer, prompts, lengths["max_response"], seed, lengths["max_prompt"])
         responses["chosen_initial"] = [answer.text for answer in sampled]
     ids = [f"train/{e['id']}" for e in of_train] + [f"test/{e['id']}" for e in of_test]
-    return ProbeSet([e["prompt"] for e in examples], responses, ids)
+    return ProbeSet(prompts, responses, ids)
 
 
 def finetune(
@@ -114,9 +124,9 @@ def finetune(
     """
     lengths = {"max_prompt": max_prompt, "max_response": max_response}
     lm, tokenizer = models.load(model, device=device, dtype=dtype)
-    probed = probe_set(lm, tokenizer, data, n_train, n_probe, n_probe_test, seed, lengths)
-    examples = preferences.load(data, "train", limit=n_train)
-    responses = preferences.response_types(examples, other_test=preferences.load(data, "test"), seed=seed)
+    examples, test_set = preferences.load(data, "train", limit=n_train), preferences.load(data, "test")
+    probed = probe_set(lm, tokenizer, examples, test_set, n_probe, n_probe_test, seed, lengths)
+    responses = preferences.response_types(examples, test_set, seed=seed)
     if target not in responses:
         raise unknown("target", target, responses)
     rows = sft_rows(tokenizer, [e["prompt"] for e in examples], responses[target], **lengths)
@@ -133,8 +143,7 @@ def finetune(
     if generate:
         written = [{"step": step, **answer} for step, part in ((0, before), (steps, after)) for answer in part]
         records.write_json(work.parent / "answers.json", written)
-        control = preferences.load(data, "test")
-        table.append(reuse_rows(written, examples, control, batch_size))
+        table.append(reuse_rows(written, examples, test_set, batch_size))
     return records.compact(pd.concat(table, ignore_index=True))
 
 
@@ -149,6 +158,22 @@ def answers(model, tokenizer, probed: ProbeSet, count: int, lengths: dict) -> li
     return [
         {"prompt_id": i, "prompt": prompt, "text": answer.text, "logp": answer.logp}
         for i, prompt, answer in zip(ids, prompts, decoded, strict=True)
+    ]
+
+
+def respond(model, tokenizer, examples: Sequence[dict], samples: int, seed: int, lengths: dict) -> list[dict]:
+    """Answers to prompts of the test split, one greedy and `samples` sampled: `prompt_id, prompt, decoding, text`."""
+    asked = {"greedy": list(examples), "sampled": [e for e in examples for _ in range(samples)]}
+    prompts = {decoding: [e["prompt"] for e in each] for decoding, each in asked.items()}
+    how = {"max_new_tokens": lengths["max_response"], "max_prompt": lengths["max_prompt"], "batch_size": 128}
+    decoded = {
+        "greedy": probes.greedy(model, tokenizer, prompts["greedy"], **how),
+        "sampled": probes.sample(model, tokenizer, prompts["sampled"], seed=seed, **how),
+    }
+    return [
+        {"prompt_id": f"test/{e['id']}", "prompt": e["prompt"], "decoding": decoding, "text": answer.text}
+        for decoding, each in asked.items()
+        for e, answer in zip(each, decoded[decoding], strict=True)
     ]
 
 

@@ -11,6 +11,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 # before transformers and TRL are imported: TRL tells the hub of each trainer that is built
@@ -22,10 +23,11 @@ import datasets
 import pandas as pd
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from lddyn import InputError, models, probes, records, residuals, unknown
 from lddyn.probes import Encoded, ProbeSet
@@ -133,6 +135,26 @@ class _Resumable:
         (model or self.model).load_state_dict(saved.state_dict())
 
 
+@contextmanager
+def head_sees(model, places: torch.Tensor):
+    """The output layer gets the hidden states at `places`, (batch, tokens), only; its logits are (places, V)."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][places],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _lean_head(vocabulary: int) -> None:
+    """TRL's output layer for pairs: on answers only also without a GPU, in a buffer no wider than the vocabulary.
+
+    On CPU it would score prompts and padding too, which makes a step of DPO on the built-in model half as slow again.
+    """
+    trl_utils._use_triton = lambda device: True  # there it only says whether to leave those places out
+    trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(2**15, vocabulary)
+
+
 class SequenceSumSFT(_Resumable, SFTTrainer):
     """The authors' SFT loss (section 3.1, eq. 4): minus the summed log pi of a response, mean over the batch.
 
@@ -142,10 +164,12 @@ class SequenceSumSFT(_Resumable, SFTTrainer):
     loss_is_scaled_for_ga = False  # the mean over responses leaves gradient accumulation to the trainer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"][:, 1:]  # (batch, tokens - 1)
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        logits = outputs.logits[:, :-1].float()  # (batch, tokens - 1, vocab)
-        loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / len(labels)
+        labels = inputs["labels"]  # (batch, tokens), -100 in the prompt
+        predicts = pad(labels[:, 1:] != -100, (0, 1))  # where the next token is one of the response
+        with head_sees(self.model, predicts):
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        targets = labels[labels != -100]  # (tokens of all responses,)
+        loss = cross_entropy(outputs.logits.float(), targets, reduction="sum") / len(labels)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -206,6 +230,18 @@ def dpo_rows(tokenizer, prompts: list[str], chosen: list[str], rejected: list[st
     ids = ProbeSet(prompts, {"chosen": chosen, "rejected": rejected}).encode(tokenizer, **lengths)
     rows = {"prompt_ids": ids.prompts, "chosen_ids": ids.responses["chosen"], "rejected_ids": ids.responses["rejected"]}
     return datasets.Dataset.from_dict(rows)
+
+
+def with_adapters(model, rank: int, seed: int):
+    """The model with LoRA adapters of this rank on all linear layers, in float32; they begin as no change at all."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
 
 
 def quiet() -> None:
@@ -292,6 +328,7 @@ def train(
             raise unknown("loss", loss, SFT_LOSSES)
         trainer = SFT_LOSSES[loss](args=SFTConfig(**common), **parts)
     elif method == "dpo":
+        _lean_head(model.get_output_embeddings().weight.shape[0])
         # always given: TRL would reload the reference from where the model once came from, not from what it is now
         parts["ref_model"] = models.snapshot(model) if reference is None else reference
         trainer = _pair_trainer(common | {"beta": beta}, loss, dict(options or {}), parts)

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from lddyn import InputError, models, preferences, probes, records, sft, unknown
-from lddyn.training import ProbeCallback, dpo_rows, log_rows, quiet, sft_rows, train
+from lddyn.training import ProbeCallback, dpo_rows, log_rows, quiet, sft_rows, train, with_adapters
 
 METHODS = {"sft": "sequence_sum", "dpo": "sigmoid"}  # and the loss that each has unless another is named
 
@@ -102,10 +101,10 @@ def tune(
     one_pass = share_of_batch(batch_size, accumulation, world)
     lengths = {"max_prompt": max_prompt, "max_response": max_response}
     lm, tokenizer = models.load(model, device=device, dtype=dtype)
-    probed = sft.probe_set(lm, tokenizer, data, n_train, n_probe, n_probe_test, seed, lengths)
+    examples, test_set = preferences.load(data, "train", limit=n_train), preferences.load(data, "test")
+    probed = sft.probe_set(lm, tokenizer, examples, test_set, n_probe, n_probe_test, seed, lengths)
     if start:
         lm, tokenizer = models.load(start, device=device, dtype=dtype)
-    examples = preferences.load(data, "train", limit=n_train)
     texts = {field: [e[field] for e in examples] for field in ("prompt", "chosen", "rejected")}
     if method == "sft":
         rows = sft_rows(tokenizer, texts["prompt"], texts["chosen"], **lengths)
@@ -125,15 +124,3 @@ def tune(
     if rank == 0:
         models.save(lm.merge_and_unload() if lora else lm, tokenizer, work.parents[lora > 0] / "model")
     return records.compact(pd.concat([callback.table(), log_rows(log, batch_size)], ignore_index=True))
-
-
-def with_adapters(model, rank: int, seed: int):
-    """The model with LoRA adapters of this rank on all linear layers, in float32; they begin as no change at all."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return get_peft_model(model, config)

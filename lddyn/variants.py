@@ -1,6 +1,5 @@
 """Chapter 6: other losses than DPO's, and pushing samples of the model itself (abstract, figure 2, appendix B)."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lddyn import InputError, dpo, models, preferences, probes, records, residuals, unknown, world
+from lddyn import InputError, dpo, first_order, models, preferences, probes, records, residuals, sft, unknown, world
 from lddyn.probes import ProbeSet
 from lddyn.training import ProbeCallback, dpo_rows, train
 
@@ -278,8 +277,8 @@ def vary(
     which, whose = VARIANTS[variant], SOURCES[source]
     where = Path(stage) / f"model-{sft_epochs}"
     reference, tokenizer = models.load(str(where), device=device, dtype=dtype)
-    probed = probe_set(data, n_pairs, n_probe, n_probe_test, seed)
-    examples = preferences.load(data, "train", limit=n_pairs)
+    examples, test_set = preferences.load(data, "train", limit=n_pairs), preferences.load(data, "test")
+    probed = sft.probe_set(reference, tokenizer, examples, test_set, n_probe, n_probe_test, seed, lengths, KINDS)
     size, steps = -(-len(examples) // rounds), 0
     parts = [push(reference, tokenizer, probed, pushes, push_lr, seed, lengths)] if pushes else []
     for number in range(rounds):
@@ -314,26 +313,14 @@ def vary(
         steps, where = int(parts[-1].step.max()), folder / "model"
     if data in world.DESIGNS and judged:
         lm, _ = models.load(str(where), device=device, dtype=dtype)
-        written = judge(lm, tokenizer, data, judged, samples, seed, lengths)
+        said = sft.respond(lm, tokenizer, test_set[:judged], samples, seed, lengths)
+        written = [answer | {"score": world.judge(answer["prompt"], answer["text"]).score} for answer in said]
         records.write_json(work.parent / "answers.json", written)
         scores = pd.DataFrame(written).groupby(["prompt_id", "decoding"]).score.mean()
         parts.append(
             records.long((steps, steps * batch_size, *names, "judge_score", value) for names, value in scores.items())
         )
     return records.compact(pd.concat(parts, ignore_index=True))
-
-
-def probe_set(data: str, n_train: int, n_probe: int, n_probe_test: int, seed: int) -> ProbeSet:
-    """Prompts that are trained on and prompts that are not, with the responses of KINDS that the data has."""
-    train_set = preferences.load(data, "train", limit=n_train)
-    test_set = preferences.load(data, "test", limit=max(n_probe + n_probe_test, 64))
-    of_train, of_test = train_set[:n_probe], test_set[:n_probe_test]
-    examples = [*of_train, *of_test]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about types that are not in KINDS
-        responses = preferences.response_types(examples, other_test=test_set, other_train=train_set, seed=seed)
-    ids = [f"train/{e['id']}" for e in of_train] + [f"test/{e['id']}" for e in of_test]
-    return ProbeSet([e["prompt"] for e in examples], {k: responses[k] for k in KINDS if k in responses}, ids)
 
 
 def pushed_rows(policy, tokenizer, pairs, share: float, lengths: dict, when: str, step: int = 0) -> pd.DataFrame:
@@ -348,28 +335,6 @@ def pushed_rows(policy, tokenizer, pairs, share: float, lengths: dict, when: str
     mean = measured[measured.metric == "logp_mean"].groupby("response_type").value.mean()
     rows = [(step, 0, "pairs", kind, f"pushed_{when}", value) for kind, value in mean.items()]
     return records.long([*rows, (step, 0, "pairs", "all", "prob_pairs", share)])
-
-
-def judge(model, tokenizer, data: str, count: int, samples: int, seed: int, lengths: dict) -> list[dict]:
-    """Answers to the first `count` test prompts, one greedy and `samples` sampled, with the exact judge's scores.
-
-    One dictionary an answer: `prompt_id, prompt, decoding, text, score`.
-    """
-    examples = preferences.load(data, "test", limit=count)
-    repeated = [e for e in examples for _ in range(samples)]
-    end = {"max_new_tokens": lengths["max_response"], "max_prompt": lengths["max_prompt"], "batch_size": 128}
-    decoded = {
-        "greedy": (examples, probes.greedy(model, tokenizer, [e["prompt"] for e in examples], **end)),
-        "sampled": (repeated, probes.sample(model, tokenizer, [e["prompt"] for e in repeated], seed=seed, **end)),
-    }
-    return [
-        {
-            "prompt_id": f"test/{e['id']}", "prompt": e["prompt"], "decoding": decoding, "text": answer.text,
-            "score": world.judge(e["prompt"], answer.text).score,
-        }
-        for decoding, (asked, answers) in decoded.items()
-        for e, answer in zip(asked, answers, strict=True)
-    ]  # fmt: skip
 
 
 # --- one push at a time ------------------------------------------------------------------------------------
@@ -392,17 +357,16 @@ def push(lm, tokenizer, probed: ProbeSet, count: int, lr: float, seed: int, leng
     encoded = probed.encode(tokenizer, **lengths)
     watched = encoded._replace(responses={kind: encoded.responses[kind] for kind in WATCHED})
     pushed = encoded.responses | {kind: [answer.tokens for answer in answers] for kind, answers in own.items()}
-    before, weights = _means(lm, watched), [p.detach().clone() for p in lm.parameters()]
+    before, weights = _means(lm, watched), first_order.parameters(lm)
     rows = []
     for n, prompt_id in enumerate(encoded.prompt_ids[:count]):
         for kind in (kind for kind in PUSHED if kind in pushed):
             alone = probes.Encoded([prompt_id], [encoded.prompts[n]], {kind: [pushed[kind][n]]})
             start = _means(lm, alone)["logp_mean"].iloc[0]
-            _step_down(lm, encoded.prompts[n], pushed[kind][n], lr)
+            down = first_order.step(lm, -lr, [(encoded.prompts[n], pushed[kind][n])])
+            lm.load_state_dict(first_order.stepped(lm, down), strict=False)
             now, after = _means(lm, alone)["logp_mean"].iloc[0], _means(lm, watched.only(prompt_id))
-            with torch.no_grad():
-                for parameter, value in zip(lm.parameters(), weights, strict=True):
-                    parameter.copy_(value)
+            lm.load_state_dict(weights, strict=False)
             change = (after - before.loc[after.index]).groupby("metric").mean()
             values = {
                 "pushed_start": start,
@@ -418,14 +382,3 @@ def push(lm, tokenizer, probed: ProbeSet, count: int, lr: float, seed: int, leng
 def _means(lm, encoded: probes.Encoded) -> pd.Series:
     """Metrics of every response, by (metric, prompt, type)."""
     return probes.measure(lm, encoded).set_index(["metric", "prompt_id", "response_type"]).value
-
-
-def _step_down(lm, prompt: list[int], response: list[int], lr: float) -> None:
-    """One step of gradient descent on log pi(response), that is, away from it."""
-    ids = torch.tensor([[*prompt, *response]], device=lm.device)
-    logits = lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]  # (tokens, V)
-    logp = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).sum()
-    gradients = torch.autograd.grad(logp, list(lm.parameters()))
-    with torch.no_grad():
-        for parameter, gradient in zip(lm.parameters(), gradients, strict=True):
-            parameter.sub_(lr * gradient)

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lddyn import InputError, decomposition, evidence, first_order, kernels, models, records
+from lddyn import InputError, decomposition, evidence, first_order, kernels, models, preferences, records, sft
 from lddyn.probes import ProbeSet
 from lddyn.training import sft_rows, train
 
@@ -19,7 +19,8 @@ def lm(model_folder):
 @pytest.fixture(scope="module")
 def encoded(lm):
     examples = decomposition.drawn("builtin", 6, 0)
-    return decomposition.probe_set(*lm, "builtin", examples, 2, 0, LENGTHS).encode(lm[1], **LENGTHS)
+    test_set = preferences.load("builtin", "test")
+    return sft.probe_set(*lm, examples, test_set, 2, 0, 0, LENGTHS).encode(lm[1], **LENGTHS)
 
 
 @pytest.fixture(scope="module")

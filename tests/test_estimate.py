@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lddyn import InputError, __main__, estimate, launch, models, records
+from lddyn import InputError, __main__, estimate, launch, models, records, training
 
 FAMILIES = {
     "gpt_neox": {},
@@ -60,10 +60,8 @@ def test_parameters_of_the_papers_models_are_those_of_their_checkpoints():
 
 
 def test_adapters_are_counted_as_peft_makes_them():
-    from lddyn import tune
-
     model = AutoModelForCausalLM.from_config(config("gpt_neox", 2))
-    adapted = tune.with_adapters(model, 3, seed=0)
+    adapted = training.with_adapters(model, 3, seed=0)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert estimate.shape(config("gpt_neox", 2)).adapted * 3 == trained
 
@@ -78,8 +76,10 @@ model = AutoModelForCausalLM.from_config(config("gpt_neox", 4, 256, 8000))
 optimizer = training.OPTIMIZERS["adamw"](model.parameters(), 1e-4)
 def step(tokens):
     ids = torch.randint(0, 8000, (4, tokens))
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    response = (torch.arange(tokens) >= tokens // 2).expand(4, tokens)
+    with training.head_sees(model, response):
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+    torch.nn.functional.cross_entropy(logits, ids[response], reduction="sum").backward()
     optimizer.step(); optimizer.zero_grad()
 def peak():  # ru_maxrss would start from the size of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])

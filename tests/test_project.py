@@ -43,7 +43,7 @@ def floor_name(path):
 def test_imports_only_go_down(path):
     floor = {name: n for n, names in enumerate(FLOORS) for name in names}
     imported = {
-        name.split(".")[1] for name in records._imports(ast.parse(path.read_text())) if name.startswith("lddyn.")
+        name.split(".")[1] for name in records.imports(ast.parse(path.read_text())) if name.startswith("lddyn.")
     }
     imported &= {floor_name(p) for p in MODULES}
     if path.parent.name != "lddyn" or path.stem != "__init__":

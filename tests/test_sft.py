@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lddyn import InputError, display, evidence, records, reuse, sft
+from lddyn import InputError, display, evidence, preferences, records, reuse, sft
 from lddyn.preferences import RESPONSE_TYPES
 
 AUTHORS = (
@@ -57,7 +57,8 @@ def test_answers_to_other_training_questions_were_trained_on_and_test_answers_we
 
     lm, tokenizer = models.load(str(model_folder("gpt2")))
     lengths = {"max_prompt": 24, "max_response": 16}
-    probed = sft.probe_set(lm, tokenizer, data, n_train=5, n_probe=3, n_probe_test=2, seed=0, lengths=lengths)
+    sets = preferences.load(data, "train", limit=5), preferences.load(data, "test")
+    probed = sft.probe_set(lm, tokenizer, *sets, n_probe=3, n_probe_test=2, seed=0, lengths=lengths)
     trained = {f" Use the test for {i} groups." for i in range(5)}
     unseen = {f" Use the test for {i} groups." for i in range(8, 12)}
     assert set(probed.responses["other_train"]) <= trained and set(probed.responses["other_test"]) <= unseen

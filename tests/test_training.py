@@ -187,6 +187,32 @@ def test_sequence_sum_is_the_summed_logp_that_the_probes_see(tiny, tmp_path):
         assert log[-1]["train_loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_output_layer_is_spent_on_tokens_of_responses_only(tiny, probe_set, tmp_path, monkeypatch):
+    model, tokenizer = tiny
+    of_sft, of_dpo, settings = [], [], SETTINGS | {"epochs": 1, "batch_size": len(PROMPTS)}
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda _, hidden, logits: of_sft.append(len(logits)) if torch.is_grad_enabled() else None
+    )
+    training.train(tmp_path / "sft", model, tokenizer, rows(tokenizer), nothing(probe_set), **settings)
+    hook.remove()
+    assert of_sft == [sum(len([i for i in row if i != -100]) for row in rows(tokenizer)["labels"])]
+    kernel = training.trl_utils._ChunkedLogProbFunction
+
+    class Recorder:
+        @staticmethod
+        def apply(hidden, *rest):
+            of_dpo.append(len(hidden))
+            return kernel.apply(hidden, *rest)
+
+    monkeypatch.setattr(training.trl_utils, "_ChunkedLogProbFunction", Recorder)
+    pairs = training.dpo_rows(tokenizer, PROMPTS, CHOSEN, REJECTED, **LENGTHS)
+    training.train(
+        tmp_path / "dpo", model, tokenizer, pairs, nothing(probe_set), method="dpo", loss="sigmoid", **settings
+    )
+    answers = sum(map(len, [*pairs["chosen_ids"], *pairs["rejected_ids"]]))
+    assert of_dpo == [answers, answers]  # policy and reference
+
+
 def test_first_step_moves_the_model_also_under_warmup(tiny, probe_set, tmp_path):
     model, tokenizer = tiny
     callback = training.ProbeCallback(probe_set, at=[1], **LENGTHS)

@@ -15,6 +15,7 @@ from lddyn import (
     probes,
     records,
     residuals,
+    sft,
     training,
     variants,
     world,
@@ -206,7 +207,8 @@ def test_unknown_names_are_one_line(stage, tmp_path):
 
 def test_every_push_starts_from_the_same_weights(stage, monkeypatch):
     lm, tokenizer = models.load(f"{stage}/model-1")
-    probed = variants.probe_set("world", 8, 3, 0, 0)
+    sets = preferences.load("world", "train", limit=8), preferences.load("world", "test")
+    probed = sft.probe_set(lm, tokenizer, *sets, 3, 0, 0, LENGTHS, variants.KINDS)
     forth = variants.push(lm, tokenizer, probed, 2, 1e-2, 0, LENGTHS)
     monkeypatch.setattr(variants, "PUSHED", variants.PUSHED[::-1])
     back = variants.push(lm, tokenizer, probed, 2, 1e-2, 0, LENGTHS)
