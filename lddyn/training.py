@@ -131,6 +131,8 @@ class _Resumable:
     """transformers' own resume leaves out GPT-NeoX's output layer, whose name in files differs from that in memory."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if hasattr(self.model, "peft_config"):  # adapters alone
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         (model or self.model).load_state_dict(saved.state_dict())
 

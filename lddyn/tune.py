@@ -92,7 +92,7 @@ def tune(
     bounds the memory of probing. `lora`: the rank of adapters on all linear layers, 0 to train all weights. `bf16`:
     compute in bfloat16 and keep the weights in `dtype`. The finished weights stay in `model/` beside the table
     (adapters merged). Every process measures, the first one writes. An interrupted run continues from its last
-    checkpoint, a LoRA run from its beginning.
+    checkpoint.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
@@ -117,10 +117,9 @@ def tune(
     given |= {"batch_size": one_pass, "accumulation": accumulation, "checkpoints": 4 * world}
     given |= {"optimizer": optimizer, "warmup": warmup, "clip": clip}
     if lora:
-        work = work / str(os.getpid())  # TRL's resume reads whole models, not adapters
         given["reference"] = models.snapshot(lm) if method == "dpo" else None
         lm = with_adapters(lm, lora, seed)
     log = train(work, lm, tokenizer, rows, callback, **given)
     if rank == 0:
-        models.save(lm.merge_and_unload() if lora else lm, tokenizer, work.parents[lora > 0] / "model")
+        models.save(lm.merge_and_unload() if lora else lm, tokenizer, work.parent / "model")
     return records.compact(pd.concat([callback.table(), log_rows(log, batch_size)], ignore_index=True))

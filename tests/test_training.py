@@ -56,13 +56,16 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+@pytest.mark.parametrize(("architecture", "lora"), [("gpt_neox", 0), ("llama", 0), ("llama", 2)])
 @pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_killed_training_resumes_to_the_same_weights_and_table(model_folder, probe_set, tmp_path, architecture, method):
+def test_killed_training_resumes_to_the_same_end(model_folder, probe_set, tmp_path, architecture, lora, method):
     """transformers' resume leaves out GPT-NeoX's output layer; the model here has one of its own (not tied)."""
 
     def run(work, kill_at=None):
         model, tokenizer = models.load(str(model_folder(architecture)))
+        reference = models.snapshot(model)
+        if lora:
+            model = training.with_adapters(model, lora, seed=0)
         callback = training.ProbeCallback(probe_set, every=2, **LENGTHS)
         if kill_at:
             step_end = callback.on_step_end
@@ -76,8 +79,8 @@ def test_killed_training_resumes_to_the_same_weights_and_table(model_folder, pro
         data = (
             rows(tokenizer) if method == "sft" else training.dpo_rows(tokenizer, PROMPTS, CHOSEN, REJECTED, **LENGTHS)
         )
-        loss = "sequence_sum" if method == "sft" else "sigmoid"
-        training.train(work, model, tokenizer, data, callback, method=method, loss=loss, checkpoints=3, **SETTINGS)
+        how = SETTINGS | {"method": method, "loss": "sequence_sum" if method == "sft" else "sigmoid"}
+        training.train(work, model, tokenizer, data, callback, reference=reference, checkpoints=3, **how)
         return model, callback.table()
 
     with pytest.raises(Killed):
