@@ -174,7 +174,8 @@ def _figure_address(entry: dict) -> str:
     """The section of a chapter with the figure behind a claim, from the scorecard."""
     if not entry["see"]:
         return ""
-    return f"../notebooks/{entry['chapter']}.html#{make_id(entry['see'])}"
+    page = "sweeps" if entry["chapter"] == "sweeps" else f"../notebooks/{entry['chapter']}"
+    return f"{page}.html#{make_id(entry['see'])}"
 
 
 def write_chapters(shown: dict[str, dict]) -> None:

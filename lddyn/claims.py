@@ -1,5 +1,6 @@
 """Verdicts on the paper's claims, computed from records over seeds by rules written down in `book/claims.yml`."""
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,14 @@ def by_seed(runs: Sequence[Run]) -> list[pd.DataFrame]:
     return [table for _, table in frame(runs).groupby("seed")]
 
 
+def of_sweep(name: str) -> list[pd.DataFrame]:
+    """The rows of the recorded sweep `book/sweeps/NAME.json`, a table for each seed; none where it is not recorded."""
+    path = LEDGER.parent / "sweeps" / f"{name}.json"
+    if not path.exists():
+        return []
+    return [rows for _, rows in pd.DataFrame(json.loads(path.read_text())["rows"]).groupby("seed")]
+
+
 def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
     """One part of a claim over seeds: `says, holds, ours, interval, outcome` (holds, fails or undecided), `seeds`.
 
@@ -86,10 +95,17 @@ def verdicts(published: Mapping[str, dict]) -> list[dict]:
     """A verdict for each claim. `published` maps a chapter to `{"scale": ..., "runs": [Run, ...]}`.
 
     Replicated: every part holds. Not replicated: none does. Partly: some do. A part is measured in its own `chapter`,
-    or in the claim's; parts whose chapter has no record are left out, and the reason names the chapter.
+    or in the claim's; parts whose chapter has no record are left out, and the reason names the chapter. The chapter
+    `sweeps` stands for the recorded sweep that the claim names.
     """
     tables = cache(lambda chapter: by_seed(published[chapter]["runs"]))
-    return [_verdict(entry, published, tables) for entry in ledger()]
+    return [_of_sweep(entry) if "sweep" in entry else _verdict(entry, published, tables) for entry in ledger()]
+
+
+def _of_sweep(entry: Mapping) -> dict:
+    tables = of_sweep(entry["sweep"])
+    found = {"sweeps": {"scale": "recorded"}} if tables else {}
+    return _verdict(entry, found, lambda _: tables)
 
 
 def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
@@ -102,7 +118,9 @@ def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
     ]
     held = sum(part["outcome"] == "holds" for part in parts)
     verdict = VERDICTS[3] if not parts else VERDICTS[0] if held == len(parts) else VERDICTS[1 if held else 2]
-    reasons = [sentence(part) for part in parts] + [f"no record: python -m lddyn run {chapter}" for chapter in missing]
+    run = {"sweeps": f"sweep book/sweeps/{entry.get('sweep')}.yml"}
+    reasons = [sentence(part) for part in parts]
+    reasons += [f"no record: python -m lddyn {run.get(name, f'run {name}')}" for name in missing]
     return {
         **{k: entry.get(k) for k in ("id", "claim", "source", "paper", "authors", "chapter", "see", "why")},
         "ours": parts[0]["ours"] if parts else None,

@@ -25,7 +25,7 @@ SCALES = {
     "laptop": {
         "n_train": 528, "n_probe": 24, "n_probe_test": 12, "sft_short": 2, "sft_epochs": 4, "sft_long": 8,
         "epochs": 1.5, "evaluations": 21, "batch_size": 4, "lr": 1.5e-4, "beta": 0.1,
-        "few": 64, "few_lr": 1.6e-3, "few_evaluations": 3, "generate": 12, "account": 12,
+        "few": 64, "few_lr": 1.6e-3, "few_evaluations": 2, "generate": 12, "account": 12,
     },
     "paper": {
         "n_train": 5000, "n_probe": 500, "n_probe_test": 500, "sft_short": 2, "sft_epochs": 4, "sft_long": 8,
@@ -295,6 +295,7 @@ def align(
     log = train(
         work, lm, tokenizer, rows, callback, method="dpo", loss=loss, beta=beta, seed=seed, lr=lr, epochs=epochs,
         batch_size=batch_size, optimizer=optimizer, warmup=warmup, clip=clip,
+        checkpoints=4 if measure == "all" else 1,
     )  # fmt: skip
     table = [callback.table(), log_rows(log, batch_size)]
     if generate:

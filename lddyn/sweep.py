@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lddyn import InputError, estimate, evidence, launch, records, runner, tune, unknown
+from lddyn import InputError, display, estimate, evidence, launch, records, runner, tune, unknown
 
 FOLDER = records.ROOT / "book" / "sweeps"
 ENGINES = ("processes", "dask", "submitit")
@@ -139,21 +139,7 @@ def sweep(
         runs = run_all([launch.job(each) for each in chosen], executor)
     over = list(plan["over"])
     rows = [row(each, over, plan["statistics"], run) for each, run in zip(chosen, runs, strict=True)]
-    manifests = [run.manifest for run in runs]
-    recorded = {
-        "title": plan["title"],
-        "plan": plan,
-        "rows": rows,
-        "manifest": {
-            "runs": [run.folder.name for run in runs],
-            "git": manifests[0]["git"],
-            "versions": manifests[0]["versions"],
-            "machine": manifests[0]["machine"],
-            "finished": max(m["finished"] for m in manifests),
-            "seconds": round(sum(m["seconds"] for m in manifests), 1),
-        },
-    }
-    records.write_json(out, recorded)
+    display.record(out, rows, runs, title=plan["title"], plan=plan)
     return f"{table(rows).to_string(index=False)}\n{out}"
 
 
@@ -184,17 +170,11 @@ def page(folder: Path = FOLDER) -> str:
         if result is None:
             parts.append(f"## {title}\n\n*Not recorded.* To record it:\n\n{command}")
             continue
-        made, frame = result["manifest"], table(result["rows"])
-        finished = made["finished"][:16].replace("T", " ")
+        frame = table(result["rows"])
         body = [" | ".join(map(str, row)) for row in frame.to_numpy()]
         lines = [" | ".join(map(str, frame)), " | ".join("---" for _ in frame), *body]
-        versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
-        commit = made["git"]["commit"] + ("+" if made["git"]["dirty"] else "")
-        parts.append(
-            f"## {title}\n\n" + "\n".join(f"| {line} |" for line in lines) + f"\n\n{len(made['runs'])} runs, "
-            f"{made['seconds']:.0f} CPU seconds on {made['machine']} · finished {finished} UTC "
-            f"· {versions} · commit {commit or 'unknown'}\n\n{command}"
-        )
+        whole = "\n".join(f"| {line} |" for line in lines)
+        parts.append(f"## {title}\n\n{whole}\n\n{display.in_words(result['manifest'])}\n\n{command}")
     return SWEEPS_PAGE + "\n".join(parts)
 
 

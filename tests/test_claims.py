@@ -1,7 +1,9 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
+import yaml
 
 from lddyn import InputError, claims, evidence, records
 from lddyn.__main__ import main
@@ -70,12 +72,29 @@ def test_json_has_the_promised_fields(capsys):
 
 def test_every_claim_points_to_a_section_that_is_there():
     for entry in claims.ledger():
-        if entry.get("see"):
+        if "sweep" in entry:
+            path = records.ROOT / "book" / "sweeps" / f"{entry['sweep']}.yml"
+            assert yaml.safe_load(path.read_text())["title"] == entry["see"]
+        elif entry.get("see"):
             cells = json.loads((records.ROOT / "notebooks" / f"{entry['chapter']}.ipynb").read_text())["cells"]
             headings = [
                 line.lstrip("# ") for c in cells for line in "".join(c["source"]).splitlines() if line[:1] == "#"
             ]
             assert entry["see"] in headings, f"claim {entry['id']}: {entry['chapter']} has no section {entry['see']!r}"
+
+
+def test_a_claim_may_be_judged_by_a_recorded_sweep(monkeypatch):
+    cells = [pd.DataFrame({"sft_chosen_change": [3.0 + seed / 10, 5.0]}) for seed in range(3)]
+    entry = {"id": 1, "claim": "c", "source": "s", "paper": "p", "chapter": "sweeps", "sweep": "trends"}
+    entry["parts"] = [{"statistic": "everywhere_chosen", "holds": "> 1", "says": "smallest"}]
+    monkeypatch.setattr(claims, "ledger", lambda: [entry])
+    monkeypatch.setattr(claims, "of_sweep", lambda name: cells)
+    (found,) = claims.verdicts({})
+    assert (found["verdict"], found["seeds"], found["scale"]) == ("replicated", 3, "recorded")
+    assert found["ours"] == pytest.approx(3.1)
+    monkeypatch.setattr(claims, "of_sweep", lambda name: [])
+    (found,) = claims.verdicts({})
+    assert found["verdict"] == "not attempted" and found["reason"].endswith("lddyn sweep book/sweeps/trends.yml")
 
 
 def test_a_part_may_be_measured_in_another_chapter_and_the_scorecard_joins_them(monkeypatch):

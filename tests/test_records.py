@@ -200,6 +200,22 @@ def test_runs_that_start_from_another_run_come_in_the_order_of_their_stages(work
     assert [r.table.value.item() for r in runs] == [18.0, 180.0, 6.0, 60.0]
 
 
+def test_what_is_in_the_cache_is_read_without_any_executor():
+    class Refuses:
+        submit = None
+
+    settings = [{"seed": 7}, {"seed": 8}]
+    computed = (
+        records.run_all(double, settings, workers=1),
+        records.run_then(double, settings, from_stage, two_from, workers=1),
+    )
+    read = (
+        records.run_all(double, settings, executor=Refuses()),
+        records.run_then(double, settings, from_stage, two_from, executor=Refuses()),
+    )
+    assert [[r.folder for r in runs] for runs in read] == [[r.folder for r in runs] for runs in computed]
+
+
 def test_a_stage_that_fails_does_not_take_the_runs_of_the_others_with_it():
     with pytest.raises(ValueError, match="seed two"):
         records.run_then(fails_for_two, [{"seed": 2}, {"seed": 1}], from_stage, two_from, workers=1)

@@ -10,4 +10,5 @@ from lddyn.evidence.extend import *  # noqa: F403
 from lddyn.evidence.mnist import *  # noqa: F403
 from lddyn.evidence.sft import *  # noqa: F403
 from lddyn.evidence.squeezing import *  # noqa: F403
+from lddyn.evidence.sweeps import *  # noqa: F403
 from lddyn.evidence.variants import *  # noqa: F403

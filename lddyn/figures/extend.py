@@ -6,7 +6,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lddyn import evidence, judging
-from lddyn.extend import ARMS, WORLD
 from lddyn.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, band
 
 ARM_STYLES = {"baseline": (GREY, "-"), "extended": (BLUE, "-"), "equal steps": (GREY, "--")}
@@ -19,6 +18,8 @@ def extend_curves(table: pd.DataFrame, sft_epochs: float, epochs: float) -> Figu
 
     table: the runs on natural text.
     """
+    from lddyn.extend import ARMS  # it imports TRL, which takes seconds
+
     panels = (
         ("chosen", "chosen", "logp_sum"),
         ("rejected", "rejected", "logp_sum"),
@@ -56,7 +57,7 @@ def _of_arm(table: pd.DataFrame, arm: str, kind: str, metric: str = "logp_sum", 
 
 def extend_start(table: pd.DataFrame, epochs: float) -> Figure:
     """The first half of DPO: change of log pi(y*) along the chosen answers, every seed a line."""
-    fig, axes = plt.subplots(1, len(ARMS), figsize=(9.5, 2.9), sharey=True)
+    fig, axes = plt.subplots(1, len(ARM_STYLES), figsize=(9.5, 2.9), sharey=True)
     for ax, (arm, (color, _)) in zip(axes, ARM_STYLES.items(), strict=True):
         steps, values = _of_arm(table, arm, "chosen", "argmax_logp_sum")
         here = (steps >= 0) & (steps <= steps.max() / 2)
@@ -137,8 +138,8 @@ def won_tied_lost(rates: pd.DataFrame) -> Figure:
 
 def what_the_judge_found(table: pd.DataFrame, epochs: float) -> Figure:
     """Sentences of each kind in a sampled answer, and its score, over epochs of DPO. table: the closed world's runs."""
-    fig, axes = plt.subplots(1, len(ARMS) + 1, figsize=(11, 3.1))
-    for ax, arm in zip(axes, ARMS, strict=False):
+    fig, axes = plt.subplots(1, len(ARM_STYLES) + 1, figsize=(11, 3.1))
+    for ax, arm in zip(axes, ARM_STYLES, strict=False):
         for field, color in FOUND.items():
             steps, values = _found(table, arm, field)
             band(ax, steps / steps.max() * epochs, values, color, field, marker="o", markersize=3)
@@ -160,6 +161,8 @@ def _found(table: pd.DataFrame, arm: str, field: str) -> tuple[np.ndarray, np.nd
 
 def lead_by_design(rates: pd.DataFrame) -> Figure:
     """Lead of extended, won minus lost over all pairs, in each design of the world. rates: `extend.win_rates`."""
+    from lddyn.extend import WORLD
+
     rows = rates[rates.decoding == "sampled"]
     designs, colors = [d for d in ("main", *WORLD) if d in set(rows.design)], (GREY, "#63b3ed", BLUE, PURPLE)
     fig, ax = plt.subplots(figsize=(7, 0.55 * len(designs) + 1.2))

@@ -1,0 +1,29 @@
+import pandas as pd
+import pytest
+
+from lddyn import InputError, display, evidence, records
+from lddyn.records import Run
+
+MANIFEST = {
+    "git": {"commit": "abc1234", "dirty": True}, "versions": {"python": "3.11"}, "machine": "x86_64",
+    "finished": "2026-01-02T03:04:05+00:00", "seconds": 1.5,
+}  # fmt: skip
+
+
+def test_a_recorded_table_comes_back_with_its_origin(tmp_path, monkeypatch):
+    monkeypatch.setattr(display, "RECORDED", tmp_path)
+    runs = [Run(records.ROOT / f"run-{seed}", None, MANIFEST | {"parameters": {"seed": seed}}) for seed in (4, 2)]
+    display.record(tmp_path / "small.json", [{"seed": 4, "value": 0.5}, {"seed": 2, "value": -0.5}], runs)
+    table, made = display.recorded("small")
+    pd.testing.assert_frame_equal(table, pd.DataFrame({"seed": [4, 2], "value": [0.5, -0.5]}))
+    words = display.in_words(made)
+    assert words.startswith("2 seeds (2, 4) · 2 runs, 3 CPU seconds") and words.endswith("commit abc1234+")
+    with pytest.raises(InputError, match="did you mean 'small'"):
+        display.recorded("smal")
+
+
+def test_the_recorded_design_of_chapter_5_is_whole():
+    ends, made = display.recorded("when_top_rises")
+    effects = evidence.dpo_effects(ends)
+    assert len(effects) == 6 and list(effects) == list(evidence.PATHS)
+    assert sorted(ends.seed.unique()) == made["seeds"] and len(made["seeds"]) >= 6
