@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from html import escape
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,14 +44,18 @@ def fingerprint(notebook: Path, scale: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def pretrain(scale: str) -> None:
-    """Pre-train the built-in models of a scale side by side; the first chapter that needs one would train it alone."""
+@contextmanager
+def pretraining(scale: str) -> Iterator[None]:
+    """Pre-train the built-in models of a scale side by side meanwhile; a chapter that needs one waits for it."""
     from lddyn import models, sft, variants
 
     chosen = [module.SCALES[scale] for module in (sft, variants)]
     sizes = sorted({c["size"] for c in chosen if c.get("model", "builtin") == "builtin"})
     with ProcessPoolExecutor(len(sizes), mp_context=get_context("spawn")) as processes:
-        list(processes.map(models.builtin, sizes))
+        futures = [processes.submit(models.builtin, size) for size in sizes]
+        yield
+        for future in futures:
+            future.result()
 
 
 def execute(scale: str, force: bool) -> list[str]:
@@ -57,25 +63,23 @@ def execute(scale: str, force: bool) -> list[str]:
     failures, places = [], {name: EXECUTED / f"{name}.ipynb" for name in chapters()}
     now = {name: fingerprint(runner.notebook_path(name), scale) for name in places}
     stale = [name for name, out in places.items() if force or _metadata(out).get("fingerprint") != now[name]]
-    if stale:
-        pretrain(scale)
-    for name, out in places.items():
-        if name not in stale:
-            print(f"lddyn: {name} is fresh")
-            continue
-        source = runner.notebook_path(name)
-        runner.writable(out)
-        clock = time.perf_counter()
-        try:
-            problem = runner.execute(source, runner.checked(source, {"scale": scale}), out)
-        except InputError as error:
-            problem = str(error)
-        if problem:
-            failures.append(f"{name}: {problem}")
-            continue
-        seconds = round(time.perf_counter() - clock, 1)
-        _stamp(out, {"fingerprint": now[name], "scale": scale, "seconds": seconds})
-        print(f"lddyn: {name} took {seconds} s at scale {scale}")
+    for name in [name for name in places if name not in stale]:
+        print(f"lddyn: {name} is fresh")
+    with pretraining(scale) if stale else nullcontext():
+        for name in stale:
+            source, out = runner.notebook_path(name), places[name]
+            runner.writable(out)
+            clock = time.perf_counter()
+            try:
+                problem = runner.execute(source, runner.checked(source, {"scale": scale}), out)
+            except InputError as error:
+                problem = str(error)
+            if problem:
+                failures.append(f"{name}: {problem}")
+                continue
+            seconds = round(time.perf_counter() - clock, 1)
+            _stamp(out, {"fingerprint": now[name], "scale": scale, "seconds": seconds})
+            print(f"lddyn: {name} took {seconds} s at scale {scale}")
     return failures
 
 
