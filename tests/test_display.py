@@ -25,5 +25,5 @@ def test_a_recorded_table_comes_back_with_its_origin(tmp_path, monkeypatch):
 def test_the_recorded_design_of_chapter_5_is_whole():
     ends, made = display.recorded("when_top_rises")
     effects = evidence.dpo_effects(ends)
-    assert len(effects) == 6 and list(effects) == list(evidence.PATHS)
+    assert len(effects) == 6 and list(effects) == [f"y* along {path}" for path in evidence.PATHS]
     assert sorted(ends.seed.unique()) == made["seeds"] and len(made["seeds"]) >= 6
