@@ -178,8 +178,7 @@ def _figure_address(entry: dict) -> str:
     """The section of a chapter with the figure behind a claim, from the scorecard."""
     if not entry["see"]:
         return ""
-    page = "sweeps" if entry["chapter"] == "sweeps" else f"../notebooks/{entry['chapter']}"
-    return f"{page}.html#{make_id(entry['see'])}"
+    return f"../notebooks/{entry['chapter']}.html#{make_id(entry['see'])}"
 
 
 def write_chapters(shown: dict[str, dict]) -> None:

@@ -95,8 +95,8 @@ def verdicts(published: Mapping[str, dict]) -> list[dict]:
     """A verdict for each claim. `published` maps a chapter to `{"scale": ..., "runs": [Run, ...]}`.
 
     Replicated: every part holds. Not replicated: none does. Partly: some do. A part is measured in its own `chapter`,
-    or in the claim's; parts whose chapter has no record are left out, and the reason names the chapter. The chapter
-    `sweeps` stands for the recorded sweep that the claim names.
+    or in the claim's; parts whose chapter has no record are left out, and the reason names the chapter. A claim with a
+    `sweep` is measured in that recorded table instead.
     """
     tables = cache(lambda chapter: by_seed(published[chapter]["runs"]))
     return [_of_sweep(entry) if "sweep" in entry else _verdict(entry, published, tables) for entry in ledger()]
@@ -104,7 +104,7 @@ def verdicts(published: Mapping[str, dict]) -> list[dict]:
 
 def _of_sweep(entry: Mapping) -> dict:
     tables = of_sweep(entry["sweep"])
-    found = {"sweeps": {"scale": "recorded"}} if tables else {}
+    found = {entry["chapter"]: {"scale": "recorded"}} if tables else {}
     return _verdict(entry, found, lambda _: tables)
 
 
@@ -118,9 +118,8 @@ def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
     ]
     held = sum(part["outcome"] == "holds" for part in parts)
     verdict = VERDICTS[3] if not parts else VERDICTS[0] if held == len(parts) else VERDICTS[1 if held else 2]
-    run = {"sweeps": f"sweep book/sweeps/{entry.get('sweep')}.yml"}
-    reasons = [sentence(part) for part in parts]
-    reasons += [f"no record: python -m lddyn {run.get(name, f'run {name}')}" for name in missing]
+    commands = [f"sweep book/sweeps/{entry['sweep']}.yml" if "sweep" in entry else f"run {name}" for name in missing]
+    reasons = [sentence(part) for part in parts] + [f"no record: python -m lddyn {words}" for words in commands]
     return {
         **{k: entry.get(k) for k in ("id", "claim", "source", "paper", "authors", "chapter", "see", "why")},
         "ours": parts[0]["ours"] if parts else None,

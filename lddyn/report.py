@@ -60,7 +60,7 @@ def scorecard(runs: Sequence[records.Run], method: str) -> list[dict]:
     """
     tables, entries = [run.table for run in runs], []
     for claim in claims.ledger():
-        if claim.get("chapter") != CHAPTERS[method] or "parts" not in claim:
+        if claim.get("chapter") != CHAPTERS[method] or "parts" not in claim or "sweep" in claim:
             continue
         parts = [part for part in (_judged(part, tables) for part in claim["parts"]) if part]
         outcomes = {part["outcome"] for part in parts}

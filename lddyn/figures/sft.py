@@ -1,5 +1,7 @@
 """Figures of chapter 3."""
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -8,7 +10,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from lddyn import evidence
-from lddyn.figures.style import GREY, RED, STYLES, band, change_panel, curves
+from lddyn.figures.style import GREY, PURPLE, RED, STYLES, band, change_panel, curves
 
 PANELS = {
     "the answer and its rephrases": ("chosen", "chosen_semantic", "chosen_format", "chosen_initial"),
@@ -92,6 +94,26 @@ def peakiness_and_rest(table: pd.DataFrame, per_epoch: float) -> Figure:
     for ax, title, unit in zip(axes, titles, ("", "nats", "nats"), strict=True):
         ax.set(xlabel="epoch", title=title, ylabel=unit)
     axes[0].legend(fontsize=7)
+    return fig
+
+
+def size_trends(cells: pd.DataFrame) -> Figure:
+    """What turns and falls in SFT against the number of parameters. cells: the recorded sweep `trends`."""
+    titles = {
+        "bell_fall": "rephrases and rejected:\nleast fall from the peak",
+        "unrelated_change": "unrelated text:\nchange over SFT",
+        "other_train_over_other_test": "answers to other training\nquestions over unseen ones",
+    }
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.2))
+    for ax, (column, title) in zip(axes, titles.items(), strict=True):
+        for (data, rows), (color, line) in zip(cells.groupby("data"), ((GREY, "-"), (PURPLE, "--")), strict=False):
+            mean = rows.groupby("parameters")[column].mean()
+            ax.plot(mean.index, mean, color=color, linestyle=line, label=Path(data).stem)
+            ax.plot(rows.parameters, rows[column], "o", color=color, markersize=3.5, alpha=0.6)
+        ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+        ax.set(title=title, xlabel="parameters", xscale="log")
+    axes[0].set_ylabel("nats")
+    axes[0].legend(fontsize=8)
     return fig
 
 
