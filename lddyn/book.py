@@ -46,13 +46,13 @@ def fingerprint(notebook: Path, scale: str) -> str:
 
 @contextmanager
 def pretraining(scale: str) -> Iterator[None]:
-    """Pre-train the built-in models of a scale side by side meanwhile; a chapter that needs one waits for it."""
+    """Pre-train the built-in models of a scale meanwhile, in the order in which chapters need and wait for them."""
     from lddyn import models, sft, variants
 
     chosen = [module.SCALES[scale] for module in (sft, variants)]
-    sizes = sorted({c["size"] for c in chosen if c.get("model", "builtin") == "builtin"})
-    with ProcessPoolExecutor(len(sizes), mp_context=get_context("spawn")) as processes:
-        futures = [processes.submit(models.builtin, size) for size in sizes]
+    sizes = dict.fromkeys(c["size"] for c in chosen if c.get("model", "builtin") == "builtin")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        futures = [process.submit(models.builtin, size) for size in sizes]
         yield
         for future in futures:
             future.result()
