@@ -1,11 +1,11 @@
 """Kill `make book` at random moments and see that it ends with the records of an undisturbed build.
 
-    python tests/kills.py [--kills 20] [--scale smoke] [--seed 0] [--longest 40]
+    python tests/kills.py [--kills 20] [--scale smoke] [--seed 0] [--longest 80]
 
 Works in a copy of the working tree with its own runs. Builds once undisturbed; then builds again from nothing, killed
 with all its processes after a random time, as often as asked; then lets that build end and compares the hash of every
 record with the undisturbed one. Last, two builds at once. Prints one line for each step; the exit code is 1 when a
-record differs or a build fails. Takes a quarter of an hour and more, so the test suite leaves it out.
+record differs or a build fails. Takes half an hour, so the test suite leaves it out.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--scale", default="smoke")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=40.0, help="seconds until a kill at most")
+    parser.add_argument("--longest", type=float, default=80.0, help="seconds until a kill at most")
     options = parser.parse_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
