@@ -84,19 +84,22 @@ def main() -> int:
             return 1
         print(f"undisturbed: {len(tables(whole))} records in {time.time() - clock:.0f} s", flush=True)
         wipe(tree)
+        differ = set()
         for number in range(1, options.kills + 1):
             process, moment = start(tree, broken, options.scale), moments.uniform(1, options.longest)
             try:
                 process.wait(timeout=moment)
-                state = f"ended by itself with code {process.returncode}, begun anew"
-                wipe(tree, broken)
+                state = f"ended by itself with code {process.returncode}"
             except subprocess.TimeoutExpired:
                 kill(process)
-                done = [name for name, value in tables(broken).items() if value != "unfinished"]
-                state = f"killed after {moment:.1f} s, {len(done)} records finished"
-            print(f"{number:>3}: {state}", flush=True)
+                state = f"killed after {moment:.1f} s"
+            done = {name: value for name, value in tables(broken).items() if value != "unfinished"}
+            differ |= {name for name, value in done.items() if tables(whole).get(name) != value}
+            print(f"{number:>3}: {state}, {len(done)} records finished, {len(differ)} differ", flush=True)
+            if process.returncode == 0 and number < options.kills:
+                wipe(tree, broken)
         code = start(tree, broken, options.scale).wait()
-        differ = {name for name, value in tables(whole).items() if tables(broken).get(name) != value}
+        differ |= {name for name, value in tables(whole).items() if tables(broken).get(name) != value}
         print(f"resumed: exit code {code}, {len(differ)} of {len(tables(whole))} records differ {sorted(differ)}")
         wipe(tree)
         codes = [process.wait() for process in [start(tree, broken, options.scale) for _ in range(2)]]
