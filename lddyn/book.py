@@ -63,24 +63,28 @@ def execute(scale: str, force: bool) -> list[str]:
     failures, places = [], {name: EXECUTED / f"{name}.ipynb" for name in chapters()}
     now = {name: fingerprint(runner.notebook_path(name), scale) for name in places}
     stale = [name for name, out in places.items() if force or _metadata(out).get("fingerprint") != now[name]]
-    for name in [name for name in places if name not in stale]:
-        print(f"lddyn: {name} is fresh")
     with pretraining(scale) if stale else nullcontext():
-        for name in stale:
-            source, out = runner.notebook_path(name), places[name]
-            runner.writable(out)
-            clock = time.perf_counter()
-            try:
-                problem = runner.execute(source, runner.checked(source, {"scale": scale}), out)
-            except InputError as error:
-                problem = str(error)
-            if problem:
+        for name, out in places.items():
+            if name not in stale:
+                print(f"lddyn: {name} is fresh")
+            elif problem := _execute(name, out, scale, now[name]):
                 failures.append(f"{name}: {problem}")
-                continue
-            seconds = round(time.perf_counter() - clock, 1)
-            _stamp(out, {"fingerprint": now[name], "scale": scale, "seconds": seconds})
-            print(f"lddyn: {name} took {seconds} s at scale {scale}")
     return failures
+
+
+def _execute(name: str, out: Path, scale: str, fingerprint: str) -> str | None:
+    """Execute one notebook and stamp it; what went wrong, or None."""
+    source, clock = runner.notebook_path(name), time.perf_counter()
+    runner.writable(out)
+    try:
+        problem = runner.execute(source, runner.checked(source, {"scale": scale}), out)
+    except InputError as error:
+        problem = str(error)
+    if not problem:
+        seconds = round(time.perf_counter() - clock, 1)
+        _stamp(out, {"fingerprint": fingerprint, "scale": scale, "seconds": seconds})
+        print(f"lddyn: {name} took {seconds} s at scale {scale}")
+    return problem
 
 
 def _metadata(path: Path) -> dict:
