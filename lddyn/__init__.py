@@ -3,7 +3,7 @@
 Floors, imports only go down (tests/test_project.py has the list):
 
     run       __main__ book pdf bench runner launch sweep report
-    verdicts  claims evidence figures display
+    verdicts  claims kept evidence figures display
     training  training sft dpo decomposition variants extend tune rephrase judging
     models    probes models preferences prose digits world chat estimate
     maths     logprobs residuals influence first_order kernels squeezing, and records, reuse

@@ -1,6 +1,5 @@
 """Verdicts on the paper's claims, computed from records over seeds by rules written down in `book/claims.yml`."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ import pandas as pd
 import yaml
 from scipy.stats import t
 
-from lddyn import InputError, evidence
+from lddyn import InputError, evidence, kept
 from lddyn.records import ROOT, Run, frame
 
 LEDGER = ROOT / "book" / "claims.yml"
@@ -60,10 +59,11 @@ def by_seed(runs: Sequence[Run]) -> list[pd.DataFrame]:
 
 def of_sweep(name: str) -> list[pd.DataFrame]:
     """The rows of the recorded sweep `book/sweeps/NAME.json`, a table for each seed; none where it is not recorded."""
-    path = LEDGER.parent / "sweeps" / f"{name}.json"
-    if not path.exists():
+    try:
+        table, _ = kept.read(f"sweeps/{name}")
+    except InputError:
         return []
-    return [rows for _, rows in pd.DataFrame(json.loads(path.read_text())["rows"]).groupby("seed")]
+    return [rows for _, rows in table.groupby("seed")]
 
 
 def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
@@ -99,10 +99,10 @@ def verdicts(published: Mapping[str, dict]) -> list[dict]:
     `sweep` is measured in that recorded table instead.
     """
     tables = cache(lambda chapter: by_seed(published[chapter]["runs"]))
-    return [_of_sweep(entry) if "sweep" in entry else _verdict(entry, published, tables) for entry in ledger()]
+    return [_verdict_of_sweep(entry) if "sweep" in entry else _verdict(entry, published, tables) for entry in ledger()]
 
 
-def _of_sweep(entry: Mapping) -> dict:
+def _verdict_of_sweep(entry: Mapping) -> dict:
     tables = of_sweep(entry["sweep"])
     found = {entry["chapter"]: {"scale": "recorded"}} if tables else {}
     return _verdict(entry, found, lambda _: tables)

@@ -1,16 +1,13 @@
 """What a chapter shows besides figures: the verdicts on its claims, and where its numbers come from."""
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
-from pathlib import Path
 
 import pandas as pd
 
-from lddyn import claims, unknown
-from lddyn.records import ROOT, Run, write_json
+from lddyn import claims, kept
+from lddyn.records import Run
 
-RECORDED = ROOT / "book" / "recorded"
 BUNDLE = "application/vnd.lddyn+json"  # read back from the executed notebook by `book.published`
 
 
@@ -27,7 +24,7 @@ class Results:
 
     def _repr_mimebundle_(self, **_) -> dict:
         bundle = {"chapter": self.chapter, "scale": self.scale, "runs": [r.folder.name for r in self.runs]}
-        html = verdict_table(self.verdicts()) + provenance(origin(self.runs), self.scale)
+        html = verdict_table(self.verdicts()) + provenance(kept.origin(self.runs), self.scale)
         return {"text/html": html, BUNDLE: bundle, "text/plain": f"{self.chapter}: {len(self.runs)} runs"}
 
 
@@ -57,49 +54,9 @@ def verdict_table(entries: Iterable[dict], links: Callable[[dict], str] | None =
     )
 
 
-def origin(runs: Sequence[Run]) -> dict:
-    """Where numbers come from, out of the manifests of their runs: names, seeds, commit, versions, machine, times."""
-    manifests = [r.manifest for r in runs]
-    return {
-        "runs": [r.folder.name for r in runs],
-        "seeds": sorted({m["parameters"]["seed"] for m in manifests if "seed" in m["parameters"]}),
-        "git": manifests[0]["git"],
-        "versions": manifests[0]["versions"],
-        "machine": manifests[0]["machine"],
-        "finished": max(m["finished"] for m in manifests),
-        "seconds": round(sum(m["seconds"] for m in manifests), 1),
-    }
-
-
-def in_words(made: Mapping) -> str:
-    """An `origin` as one line."""
-    words = [
-        f"{len(made['seeds'])} seeds ({', '.join(map(str, made['seeds']))})",
-        f"{len(made['runs'])} runs, {made['seconds']:.0f} CPU seconds on {made['machine']}",
-        f"finished {made['finished'][:16].replace('T', ' ')} UTC",
-        ", ".join(f"{k} {v}" for k, v in made["versions"].items()),
-        f"commit {made['git']['commit'] or 'unknown'}{'+' if made['git']['dirty'] else ''}",
-    ]
-    return " · ".join(words)
-
-
 def provenance(made: Mapping, scale: str) -> str:
-    """One line under a result, as HTML: its scale and its `origin`."""
-    return f'<p class="provenance">{escape(f"scale {scale} · {in_words(made)}")}</p>'
-
-
-def record(path: Path, rows: list[dict], runs: Sequence[Run], **more: object) -> None:
-    """Write a small table and the `origin` of its runs as JSON, to be kept beside the code."""
-    write_json(path, more | {"rows": rows, "manifest": origin(runs)})
-
-
-def recorded(name: str) -> tuple[pd.DataFrame, dict]:
-    """A table of `book/recorded` that `record` wrote, and its origin. Raises `InputError` when there is none."""
-    try:
-        content = json.loads((RECORDED / f"{name}.json").read_text())
-    except OSError:
-        raise unknown("recorded table", name, sorted(p.stem for p in RECORDED.glob("*.json"))) from None
-    return pd.DataFrame(content["rows"]), content["manifest"]
+    """One line under a result, as HTML: its scale and its origin (`kept`)."""
+    return f'<p class="provenance">{escape(f"scale {scale} · {kept.in_words(made)}")}</p>'
 
 
 def table(frame: pd.DataFrame, digits: int = 3) -> str:

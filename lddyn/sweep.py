@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lddyn import InputError, display, estimate, evidence, launch, records, runner, tune, unknown
+from lddyn import InputError, estimate, evidence, kept, launch, records, runner, tune, unknown
 
 FOLDER = records.ROOT / "book" / "sweeps"
 ENGINES = ("processes", "dask", "submitit")
@@ -139,7 +139,7 @@ def sweep(
         runs = run_all([launch.job(each) for each in chosen], executor)
     over = list(plan["over"])
     rows = [row(each, over, plan["statistics"], run) for each, run in zip(chosen, runs, strict=True)]
-    display.record(out, rows, runs, title=plan["title"], plan=plan)
+    kept.write(out, rows, runs, title=plan["title"], plan=plan)
     return f"{table(rows).to_string(index=False)}\n{out}"
 
 
@@ -174,7 +174,7 @@ def page(folder: Path = FOLDER) -> str:
         body = [" | ".join(map(str, row)) for row in frame.to_numpy()]
         lines = [" | ".join(map(str, frame)), " | ".join("---" for _ in frame), *body]
         whole = "\n".join(f"| {line} |" for line in lines)
-        parts.append(f"## {title}\n\n{whole}\n\n{display.in_words(result['manifest'])}\n\n{command}")
+        parts.append(f"## {title}\n\n{whole}\n\n{kept.in_words(result['manifest'])}\n\n{command}")
     return SWEEPS_PAGE + "\n".join(parts)
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"records", "logprobs", "residuals", "influence", "first_order", "kernels", "squeezing", "reuse"},
     {"probes", "models", "preferences", "prose", "digits", "world", "chat", "estimate"},
     {"training", "sft", "dpo", "decomposition", "variants", "extend", "tune", "rephrase", "judging"},
-    {"claims", "evidence", "figures", "display"},
+    {"claims", "kept", "evidence", "figures", "display"},
     {"runner", "book", "pdf", "bench", "launch", "sweep", "report", "__main__"},
 ]
 MODULES = sorted((ROOT / "lddyn").rglob("*.py"))

@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from lddyn import InputError, display, evidence, records
+from lddyn import InputError, evidence, kept, records
 from lddyn.records import Run
 
 MANIFEST = {
@@ -11,19 +11,20 @@ MANIFEST = {
 
 
 def test_a_recorded_table_comes_back_with_its_origin(tmp_path, monkeypatch):
-    monkeypatch.setattr(display, "RECORDED", tmp_path)
+    monkeypatch.setattr(kept, "FOLDER", tmp_path)
+    (tmp_path / "recorded").mkdir()
     runs = [Run(records.ROOT / f"run-{seed}", None, MANIFEST | {"parameters": {"seed": seed}}) for seed in (4, 2)]
-    display.record(tmp_path / "small.json", [{"seed": 4, "value": 0.5}, {"seed": 2, "value": -0.5}], runs)
-    table, made = display.recorded("small")
+    kept.write(tmp_path / "recorded" / "small.json", [{"seed": 4, "value": 0.5}, {"seed": 2, "value": -0.5}], runs)
+    table, made = kept.read("recorded/small")
     pd.testing.assert_frame_equal(table, pd.DataFrame({"seed": [4, 2], "value": [0.5, -0.5]}))
-    words = display.in_words(made)
+    words = kept.in_words(made)
     assert words.startswith("2 seeds (2, 4) · 2 runs, 3 CPU seconds") and words.endswith("commit abc1234+")
-    with pytest.raises(InputError, match="did you mean 'small'"):
-        display.recorded("smal")
+    with pytest.raises(InputError, match="did you mean 'recorded/small'"):
+        kept.read("recorded/smal")
 
 
 def test_the_recorded_design_of_chapter_5_is_whole():
-    ends, made = display.recorded("when_top_rises")
+    ends, made = kept.read("recorded/when_top_rises")
     effects = evidence.dpo_effects(ends)
     assert len(effects) == 6 and list(effects) == [f"y* along {path}" for path in evidence.PATHS]
     assert sorted(ends.seed.unique()) == made["seeds"] and len(made["seeds"]) >= 6
