@@ -51,7 +51,7 @@ def pretraining(scale: str) -> Iterator[None]:
 
     chosen = [module.SCALES[scale] for module in (sft, variants)]
     sizes = dict.fromkeys(c["size"] for c in chosen if c.get("model", "builtin") == "builtin")
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=records.as_worker) as process:
         futures = [process.submit(models.builtin, size) for size in sizes]
         yield
         for future in futures:

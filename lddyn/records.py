@@ -21,12 +21,13 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -445,7 +446,7 @@ def _pool(workers: int, executor: Executor | None):
         start = _call
         yield submit
     else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=one_thread) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=as_worker) as pool:
             start = pool.submit
             yield submit
 
@@ -466,10 +467,16 @@ def _results(futures: Sequence[Future]) -> list:
     return [future.result() for future in futures]
 
 
-def one_thread() -> None:
-    """In a new process: one thread each, before torch and the tokenizers are imported."""
+def as_worker() -> None:
+    """In a new process: one thread, said before torch and the tokenizers are imported, and no life after its parent."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    def end_with_parent():
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def frame(runs: Sequence[Run]) -> pd.DataFrame:

@@ -82,7 +82,7 @@ def engine(name: str, workers: int | None = None, address: str | None = None):
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES)
     if name == "processes":
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=records.one_thread) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=records.as_worker) as pool:
             yield pool
         return
     try:

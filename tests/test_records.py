@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
 from lddyn import digits, records
@@ -173,7 +174,7 @@ SCRIPT = f"from lddyn import digits, records\nif __name__ == '__main__': records
 def test_killed_training_resumes_to_the_numbers_of_an_uninterrupted_run(tmp_path, monkeypatch):
     process = subprocess.Popen([sys.executable, "-c", SCRIPT], env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.time() + 60
-    while not list((tmp_path / "runs").glob("*/work/checkpoint.pt")) and time.time() < deadline:
+    while not list((tmp_path / "runs").rglob("checkpoint.pt")) and time.time() < deadline:
         time.sleep(0.02)
     process.kill()
     process.wait()
@@ -183,6 +184,20 @@ def test_killed_training_resumes_to_the_numbers_of_an_uninterrupted_run(tmp_path
     whole = records.run(digits.train, SMALL, root=tmp_path / "other")
     assert not whole.manifest["resumed"]
     pd.testing.assert_frame_equal(resumed.table, whole.table, check_exact=True)
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    script = SCRIPT.replace(f"run(digits.train, {SMALL})", f"run_all(digits.train, [{SMALL}, {SMALL | {'seed': 1}}])")
+    parent = psutil.Popen([sys.executable, "-c", script])
+    deadline = time.time() + 60
+    while len(list((tmp_path / "runs").rglob("checkpoint.pt"))) < 2 and time.time() < deadline:
+        time.sleep(0.02)
+    workers = parent.children(recursive=True)
+    parent.kill()
+    parent.wait()
+    assert len(workers) >= 2
+    assert not psutil.wait_procs(workers, timeout=30)[1], "none goes on alone"
+    assert {e["state"] for e in records.status()} == {"unfinished"}
 
 
 def test_two_processes_that_ask_for_one_run_compute_it_once(tmp_path):
