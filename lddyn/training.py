@@ -8,6 +8,7 @@ Anyone's trainer gains the paper's curves with three lines:
 """
 
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,8 @@ OPTIMIZERS = {
     "rmsprop": lambda parameters, lr: torch.optim.RMSprop(parameters, lr=lr),  # the authors' choice
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
 }
+
+LOGGED = 10  # steps between two rows of the trainer's own numbers
 
 
 # --- the probe callback ------------------------------------------------------------------------------------
@@ -307,9 +310,10 @@ def train(
         "activation_checkpointing": False,
         "use_cpu": next(model.parameters()).device.type == "cpu",
         "report_to": "none",
-        "logging_steps": 10,
+        "logging_steps": LOGGED,
         "save_strategy": "steps",
-        "save_steps": max(1, int(steps // checkpoints)),
+        # only where the trainer logs: its averages since the last log are in no checkpoint
+        "save_steps": LOGGED * math.ceil(steps / checkpoints / LOGGED),
         "save_total_limit": 1,
         "seed": seed,
         "data_seed": seed,

@@ -66,7 +66,7 @@ def test_killed_training_resumes_to_the_same_end(model_folder, probe_set, tmp_pa
         reference = models.snapshot(model)
         if lora:
             model = training.with_adapters(model, lora, seed=0)
-        callback = training.ProbeCallback(probe_set, every=2, **LENGTHS)
+        callback = training.ProbeCallback(probe_set, every=4, **LENGTHS)
         if kill_at:
             step_end = callback.on_step_end
 
@@ -79,12 +79,12 @@ def test_killed_training_resumes_to_the_same_end(model_folder, probe_set, tmp_pa
         data = (
             rows(tokenizer) if method == "sft" else training.dpo_rows(tokenizer, PROMPTS, CHOSEN, REJECTED, **LENGTHS)
         )
-        how = SETTINGS | {"method": method, "loss": "sequence_sum" if method == "sft" else "sigmoid"}
-        training.train(work, model, tokenizer, data, callback, reference=reference, checkpoints=3, **how)
-        return model, callback.table()
+        how = SETTINGS | {"method": method, "loss": "sequence_sum" if method == "sft" else "sigmoid", "epochs": 4}
+        log = training.train(work, model, tokenizer, data, callback, reference=reference, checkpoints=3, **how)
+        return model, pd.concat([callback.table(), training.log_rows(log, batch_size=2)])
 
     with pytest.raises(Killed):
-        run(tmp_path / "a", kill_at=7)
+        run(tmp_path / "a", kill_at=17)
     assert list((tmp_path / "a").glob("checkpoint-*/probes.parquet"))
     resumed, table = run(tmp_path / "a")
     whole, expected = run(tmp_path / "b")
