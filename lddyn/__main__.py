@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser("parameters", help="list the parameters of a notebook, or of train")
     show.add_argument("name", help="notebook, or train")
 
-    train = commands.add_parser("train", help="SFT or DPO of any model with the probes; also under torchrun")
+    train = commands.add_parser(
+        "train", help="SFT or DPO of any model with the probes; also under torchrun or accelerate launch"
+    )
     train.add_argument("settings", nargs="*", help="parameter files, or names of book/settings; later ones win")
     _set_option(train)
     train.add_argument("--force", action="store_true", help="also where the memory seems too small")
@@ -34,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     need.add_argument("settings", nargs="*", help="as for train")
     _set_option(need)
     need.add_argument("--memory", type=float, help="GiB to fit into (default: what is free here)")
+    need.add_argument("--processes", type=_positive, default=1, help="that train together")
+    need.add_argument("--sharded", action="store_true", help="over the processes, by FSDP2")
 
     sweep = commands.add_parser("sweep", help="train once for each combination of a file, and tabulate")
     sweep.add_argument("file", type=Path, help="YAML file, such as book/sweeps/learning_rate.yml")
@@ -128,11 +132,12 @@ def _train(a) -> int:
 
 
 def _estimate(a) -> int:
-    from lddyn import estimate, launch
+    from lddyn import estimate, launch, tune
 
     chosen = launch.settings(a.settings, dict(a.words))
-    print(estimate.report(estimate.estimate(chosen)))
-    estimate.refuse_what_does_not_fit(chosen, free=a.memory)
+    tune.share_of_batch(chosen["batch_size"], chosen["accumulation"], a.processes)
+    print(estimate.report(estimate.estimate(chosen, a.processes, a.sharded)))
+    estimate.refuse_what_does_not_fit(chosen, a.processes, a.sharded, a.memory)
     return 0
 
 

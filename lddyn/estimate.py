@@ -47,13 +47,14 @@ class Estimate(NamedTuple):
     flops: float  # of all processes
     hours: float
     device: str
+    start: float = 0.0  # GiB of the whole models, before they are sharded
 
     @property
     def gib(self) -> float:
         """The most that is held at one time: training and probing take turns."""
         working = {name: self.parts[name] for name in ("activations", "logits", "probing")}
         fixed = sum(self.parts.values()) - sum(working.values())
-        return fixed + max(working["activations"] + working["logits"], working["probing"])
+        return max(self.start, fixed + max(working["activations"] + working["logits"], working["probing"]))
 
 
 # --- the model ---------------------------------------------------------------------------------------------
@@ -128,11 +129,11 @@ def _shape_of(model: str, size: str) -> Shape:
 # --- memory and time ---------------------------------------------------------------------------------------
 
 
-def estimate(chosen: Mapping, world: int = 1, rate: float | None = None) -> Estimate:
+def estimate(chosen: Mapping, world: int = 1, sharded: bool = False, rate: float | None = None) -> Estimate:
     """Memory in GiB of one of `world` processes, and hours, of a training with settings from `launch.settings`.
 
-    Every text is taken to be as long as it may be. `rate`: floating-point operations a second of one device (default:
-    measured on a matrix product).
+    Every text is taken to be as long as it may be. `sharded`: by FSDP2; probing then gathers the weights. `rate`:
+    floating-point operations a second of one device (default: measured on a matrix product).
     """
     s = _shape_of(chosen["start"] or chosen["model"], chosen["size"])
     device = "cuda" if chosen["device"].startswith("cuda") else "cpu"
@@ -148,14 +149,15 @@ def estimate(chosen: Mapping, world: int = 1, rate: float | None = None) -> Esti
     probed = chosen["n_probe"] + chosen["n_probe_test"]
     probed_tokens = probed * (chosen["max_prompt"] + TYPES * length)
     cached = min(chosen["probe_tokens"] or probes.BATCH_TOKENS[device], probed_tokens)
+    whole, share = s.parameters * weight, 1 / world if sharded else 1
     bytes_of = {
-        "weights": s.parameters * (weight + 2 * chosen["bf16"]),  # autocast keeps a copy
-        "gradients": trained * trained_bytes * (1 + (world > 1)),  # DDP has a copy to send
-        "optimizer": trained * trained_bytes * STATES[chosen["optimizer"]],
-        "reference": s.parameters * weight if pairs == 2 else 0,
+        "weights": s.parameters * (weight + 2 * chosen["bf16"]) * share,  # autocast keeps a copy
+        "gradients": trained * trained_bytes * (share if sharded else 1 + (world > 1)),  # DDP has a copy to send
+        "optimizer": trained * trained_bytes * STATES[chosen["optimizer"]] * share,
+        "reference": whole * share if pairs == 2 else 0,
         "activations": tokens * s.layers * (10 * s.width + s.feedforward) * kept,
         "logits": 3 * at_head * 4,
-        "probing": 2 * cached * s.layers * 2 * s.key_value * weight,
+        "probing": 2 * cached * s.layers * 2 * s.key_value * weight + sharded * whole,
     }
     examples = chosen["n_train"] * chosen["epochs"]
     passes = 8 if pairs == 2 else 6  # forward and backward cost 6 operations a parameter and token, the reference 2
@@ -164,7 +166,8 @@ def estimate(chosen: Mapping, world: int = 1, rate: float | None = None) -> Esti
     flops = passes * s.parameters * length * pairs * examples + probing
     rate = rate or measured_rate(device, chosen["bf16"] or chosen["dtype"] == "bfloat16")
     hours = flops / world / (rate * REACHED) / 3600
-    return Estimate(chosen["model"], s, {k: v / GIB for k, v in bytes_of.items()}, flops, hours, device)
+    start = sharded * pairs * whole / GIB
+    return Estimate(chosen["model"], s, {k: v / GIB for k, v in bytes_of.items()}, flops, hours, device, start)
 
 
 @cache
@@ -223,11 +226,14 @@ def duration(hours: float) -> str:
     return f"{max(1, hours * 3600):.0f} seconds"
 
 
-def alternatives(chosen: Mapping) -> list[dict]:
-    """Settings that need less, nearest first: smaller passes (the same numbers), then LoRA, then smaller models."""
+def alternatives(chosen: Mapping, sharded: bool = False) -> list[dict]:
+    """Settings that need less, nearest first: smaller passes (the same numbers), then LoRA, then smaller models.
+
+    Adapters are not sharded.
+    """
     few, fewest = {"probe_tokens": 4096}, {"probe_tokens": 1024, "accumulation": chosen["batch_size"]}
     lora = {"lora": 16, "dtype": "bfloat16", "bf16": False}
-    changes = [few, fewest, few | lora, fewest | lora]
+    changes = [few, fewest] if sharded else [few, fewest, few | lora, fewest | lora]
     here = _shape_of(chosen["start"] or chosen["model"], chosen["size"]).parameters
     sizes = {name: _shape_of(name, "small").parameters for name in (*known(), "builtin")}
     smaller = sorted((name for name in sizes if sizes[name] < here), key=sizes.get, reverse=True)
@@ -235,12 +241,12 @@ def alternatives(chosen: Mapping) -> list[dict]:
     return [{name: value for name, value in c.items() if chosen[name] != value} for c in changes]
 
 
-def refuse_what_does_not_fit(chosen: Mapping, world: int = 1, free: float | None = None) -> None:
+def refuse_what_does_not_fit(chosen: Mapping, world: int = 1, sharded: bool = False, free: float | None = None) -> None:
     """Raise `InputError` with the nearest setting that fits when a training needs more memory than there is.
 
     `free`: GiB for all processes of this machine (default: what is free now, of each one's GPU on CUDA).
     """
-    e = estimate(chosen, world, rate=1e12)
+    e = estimate(chosen, world, sharded, rate=1e12)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if e.device == "cpu" else 1
     free = free_memory(e.device) if free is None else free
     if e.gib * here <= free:
@@ -248,10 +254,10 @@ def refuse_what_does_not_fit(chosen: Mapping, world: int = 1, free: float | None
     need = f"{e.model} needs about {e.gib * here:.3g} GiB and {free:.3g} GiB are free"
     if e.device == "cuda" and free == 0:
         raise InputError(f"{need}: this machine has no CUDA device; --set device cpu")
-    for change in alternatives(chosen):
+    for change in alternatives(chosen, sharded):
         if chosen["batch_size"] % (world * change.get("accumulation", chosen["accumulation"])):
             continue
-        less = estimate({**chosen, **change}, world, rate=1e12)
+        less = estimate({**chosen, **change}, world, sharded, rate=1e12)
         if less.gib * here <= free:
             words = " ".join(f"--set {k} {str(v).lower() if isinstance(v, bool) else v}" for k, v in change.items())
             raise InputError(f"{need}; the nearest that fits ({less.gib * here:.2g} GiB): {words}; or --force")

@@ -1,4 +1,4 @@
-"""`python -m lddyn train`: the chapters' training outside a notebook, alone or under `torchrun`.
+"""`python -m lddyn train`: the chapters' training outside a notebook, alone, under `torchrun` or `accelerate launch`.
 
 Settings come from parameter files in order, then from `--set`; a name or value that is wrong is one line before
 anything is loaded. All processes train and measure, the first one writes the record.
@@ -107,24 +107,38 @@ def train(files: Sequence[str], words: Mapping[str, object], force: bool = False
     """
     chosen = settings(files, words)
     world, rank = tune.processes()
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
-            raise InputError(f"{name} is not supported, only several whole copies of the model: use torchrun")
+    _check_launcher(chosen, world)
     tune.share_of_batch(chosen["batch_size"], chosen["accumulation"], world)
-    expected = estimate.estimate(chosen, world)
+    expected = estimate.estimate(chosen, world, tune.sharded())
     if rank == 0:
         print(estimate.report(expected), flush=True)
     if not force:
-        estimate.refuse_what_does_not_fit(chosen, world)
+        estimate.refuse_what_does_not_fit(chosen, world, tune.sharded())
     if world == 1:
         return records.run(tune.tune, *job(chosen))
     return _together(chosen, rank)
 
 
+def _check_launcher(chosen: Mapping, world: int) -> None:
+    """Refuse what `accelerate launch` asks for and is not there; the precision is the settings', not the launcher's."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise InputError("DeepSpeed is not supported; use FSDP2 (accelerate launch) or whole copies (torchrun)")
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if chosen["bf16"] else "no"
+    if not tune.sharded():
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError("FSDP 1 is not supported; write fsdp_version: 2 in the file for accelerate launch")
+    if world == 1:
+        raise InputError("FSDP2 needs at least two processes; accelerate launch --num_processes says how many")
+    if chosen["lora"]:
+        raise InputError("adapters (lora) are not sharded; use torchrun, which keeps whole copies of the model")
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process samples from the whole model first
+
+
 def _together(chosen: Mapping, rank: int) -> records.Run | None:
     """One run by several processes. The first one owns the record and tells the others whether there is work."""
     import torch
-    from accelerate import PartialState
+    from accelerate import DistributedType, PartialState
     from accelerate.utils import broadcast_object_list
 
     if chosen["device"] == "cpu":
@@ -132,6 +146,8 @@ def _together(chosen: Mapping, rank: int) -> records.Run | None:
     elif chosen["device"] == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     state = PartialState(cpu=chosen["device"] == "cpu")
+    if tune.sharded() and state.distributed_type is DistributedType.MULTI_CPU:
+        raise InputError("accelerate shards on GPUs only; use torchrun with device cpu, or --set device cuda")
 
     def tell(word: str) -> str:
         message = [word]

@@ -33,11 +33,7 @@ from trl.trainer import utils as trl_utils
 from lddyn import InputError, models, probes, records, residuals, unknown
 from lddyn.probes import Encoded, ProbeSet
 
-OPTIMIZERS = {
-    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
-    "rmsprop": lambda parameters, lr: torch.optim.RMSprop(parameters, lr=lr),  # the authors' choice
-    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
-}
+OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd"}  # transformers' names; RMSprop: the authors'
 
 LOGGED = 10  # steps between two rows of the trainer's own numbers
 
@@ -103,7 +99,7 @@ class ProbeCallback(TrainerCallback):
 
     def _measure(self, args, state, model) -> None:
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        part = probes.measure(model, self.encoded)
+        part = probes.measure(models.whole(model), self.encoded)
         self.parts.append(part.assign(step=state.global_step, examples=state.global_step * batch))
 
     def _write(self, args, state) -> None:
@@ -130,11 +126,18 @@ class ProbeCallback(TrainerCallback):
 # --- the trainers ------------------------------------------------------------------------------------------
 
 
-class _Resumable:
-    """transformers' own resume leaves out GPT-NeoX's output layer, whose name in files differs from that in memory."""
+class _Ours:
+    """What our trainers do in their own way: the learning rate, and how they resume."""
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """A linear rise that already moves at the first step, then constant."""
+        warmup = self.args.warmup_steps
+        self.lr_scheduler = LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+        return self.lr_scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if hasattr(self.model, "peft_config"):  # adapters alone
+        """transformers leaves out GPT-NeoX's output layer, whose name in files differs from that in memory."""
+        if hasattr(self.model, "peft_config") or self.is_fsdp_enabled:  # adapters alone, or weights as in memory
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         (model or self.model).load_state_dict(saved.state_dict())
@@ -160,7 +163,7 @@ def _lean_head(vocabulary: int) -> None:
     trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(2**15, vocabulary)
 
 
-class SequenceSumSFT(_Resumable, SFTTrainer):
+class SequenceSumSFT(_Ours, SFTTrainer):
     """The authors' SFT loss (section 3.1, eq. 4): minus the summed log pi of a response, mean over the batch.
 
     TRL's own loss divides by the number of tokens in the batch; at the same learning rate that is another experiment.
@@ -178,11 +181,11 @@ class SequenceSumSFT(_Resumable, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class TokenMeanSFT(_Resumable, SFTTrainer):
+class TokenMeanSFT(_Ours, SFTTrainer):
     """TRL's SFT loss: minus the mean log pi of a token."""
 
 
-class TokenisedDPO(_Resumable, DPOTrainer):
+class TokenisedDPO(_Ours, DPOTrainer):
     """DPO on pairs that are token ids already, cut exactly as the probes are."""
 
     def _prepare_dataset(self, dataset, *_, **__):
@@ -303,7 +306,10 @@ def train(
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": accumulation,
         "num_train_epochs": epochs,
+        "optim": OPTIMIZERS[optimizer],
+        "weight_decay": 0.0,
         "learning_rate": lr,
+        "warmup_steps": warmup,
         "max_grad_norm": clip,
         "max_length": None,  # the rows are cut already
         "bf16": bf16,
@@ -320,15 +326,7 @@ def train(
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
     }
-    opt = OPTIMIZERS[optimizer](model.parameters(), lr)
-    schedule = LambdaLR(opt, lambda step: min(1.0, (step + 1) / (warmup + 1)))
-    parts = {
-        "model": model,
-        "processing_class": tokenizer,
-        "train_dataset": rows,
-        "callbacks": [callback],
-        "optimizers": (opt, schedule),
-    }
+    parts = {"model": model, "processing_class": tokenizer, "train_dataset": rows, "callbacks": [callback]}
     if method == "sft":
         if loss not in SFT_LOSSES:
             raise unknown("loss", loss, SFT_LOSSES)

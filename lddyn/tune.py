@@ -21,6 +21,11 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 
 
+def sharded() -> bool:
+    """Whether `accelerate launch` asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def share_of_batch(batch_size: int, accumulation: int, world: int) -> int:
     """Examples in one backward pass of one process. Raises `InputError` when they do not come out even."""
     if batch_size % (accumulation * world):
@@ -38,7 +43,7 @@ class BoundedProbes(ProbeCallback):
 
     def _measure(self, args, state, model):
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        with in_full_precision(getattr(model, "module", model)) as plain:
+        with in_full_precision(models.whole(model)) as plain:
             part = probes.measure(plain, self.encoded, self.batch_tokens)
         self.parts.append(part.assign(step=state.global_step, examples=state.global_step * batch))
 
@@ -120,6 +125,7 @@ def tune(
         given["reference"] = models.snapshot(lm) if method == "dpo" else None
         lm = with_adapters(lm, lora, seed)
     log = train(work, lm, tokenizer, rows, callback, **given)
+    finished = lm.merge_and_unload() if lora else models.whole(lm)
     if rank == 0:
-        models.save(lm.merge_and_unload() if lora else lm, tokenizer, work.parent / "model")
+        models.save(finished, tokenizer, work.parent / "model")
     return records.compact(pd.concat([callback.table(), log_rows(log, batch_size)], ignore_index=True))

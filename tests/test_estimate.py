@@ -73,7 +73,7 @@ from lddyn import estimate, training
 from test_estimate import config
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_config(config("gpt_neox", 4, 256, 8000))
-optimizer = training.OPTIMIZERS["adamw"](model.parameters(), 1e-4)
+optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
 def step(tokens):
     ids = torch.randint(0, 8000, (4, tokens))
     response = (torch.arange(tokens) >= tokens // 2).expand(4, tokens)
@@ -133,9 +133,21 @@ def test_a_gpu_that_is_not_there_is_one_line_before_anything_is_loaded(monkeypat
 
 def test_more_processes_need_less_each_and_more_together():
     chosen = launch.settings((), {"method": "dpo", "batch_size": 8})
-    one, two = estimate.estimate(chosen, 1, 1e12), estimate.estimate(chosen, 2, 1e12)
+    one, two = (estimate.estimate(chosen, world, rate=1e12) for world in (1, 2))
     assert two.parts["activations"] == pytest.approx(one.parts["activations"] / 2)
     assert two.parts["gradients"] == pytest.approx(2 * one.parts["gradients"])
+
+
+def test_sharding_divides_the_state_but_probing_and_the_start_need_whole_weights(capsys):
+    chosen = launch.settings(["pythia-2.8b"], {"method": "dpo", "batch_size": 64})
+    one, eight = (estimate.estimate(chosen, world, world > 1, rate=1e12) for world in (1, 8))
+    for name in ("weights", "gradients", "optimizer", "reference", "activations"):
+        assert eight.parts[name] == pytest.approx(one.parts[name] / 8)
+    assert eight.parts["probing"] == pytest.approx(one.parts["probing"] + one.parts["reference"])
+    assert eight.start == pytest.approx(2 * one.parts["reference"]) and one.start == 0
+    words = ["pythia-2.8b", "--set", "batch_size", "64", "--memory", "80", "--sharded"]
+    assert __main__.main(["estimate", *words]) == 2 and "needs about" in capsys.readouterr().err
+    assert __main__.main(["estimate", *words, "--processes", "8"]) == 0
 
 
 def test_the_built_in_model_comes_in_any_size():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import trl
 import yaml
 
 from lddyn import __main__, dpo, estimate, launch, models, records, sft, tune
@@ -67,18 +68,33 @@ def test_it_is_the_training_of_chapter_5(small, tmp_path):
     same(mine, dpo.align(tmp_path / "theirs" / "work", **given))
 
 
-def launched(words, tmp_path, processes):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+SHARDED = (str(Path(__file__).with_name("sharded.py")),)
+
+
+def launched(words, tmp_path, program=("-m", "lddyn"), **environment):
+    """`train` on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *program]
     options = [w for key, value in words.items() for w in ("--set", key, str(value))]
-    environment = os.environ | {"LDDYN_RUNS": str(tmp_path / f"of-{processes}"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *command, "-m", "lddyn", "train", *options]
+    environment = os.environ | {"LDDYN_RUNS": str(tmp_path / "of-two"), "OMP_NUM_THREADS": "1"} | environment
+    command += ["train", *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=records.ROOT, env=environment, timeout=300)
 
 
+def fsdp2() -> dict[str, str]:
+    """What `accelerate launch` makes of TRL's own file for FSDP2."""
+    file = Path(trl.__file__).parent / "accelerate_configs" / "fsdp2.yaml"
+    config = yaml.safe_load(file.read_text())
+    words = {name.upper(): str(value) for name, value in config["fsdp_config"].items()}
+    return words | {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": config["mixed_precision"]}
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_two_processes_give_the_numbers_of_one_and_one_record(small, tmp_path, method):
+def test_two_processes_give_the_numbers_of_one_and_one_record(small, tmp_path, method, sharded):
     words = small | {"method": method, "accumulation": 1}
-    done = launched(words, tmp_path, 2)
+    if sharded:
+        assert launched(words, tmp_path, SHARDED, **fsdp2(), STOP_AT="11").returncode, "breaks off, goes on below"
+    done = launched(words, tmp_path, SHARDED, **fsdp2()) if sharded else launched(words, tmp_path)
     assert done.returncode == 0, done.stderr
     folder = Path(done.stdout.splitlines()[-1])
     both = records.load(folder)
@@ -176,10 +192,32 @@ def test_bad_input_is_one_line_and_exit_code_2(words, message, capsys):
     assert len(lines) == 1 and message in lines[0]
 
 
-def test_sharded_training_is_refused_in_one_line(monkeypatch, capsys):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert __main__.main(["train"]) == 2
-    assert "FSDP is not supported" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("environment", "words", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "DeepSpeed is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true"}, [], "FSDP 1 is not supported; write fsdp_version: 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, [], "at least two processes"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}, ["--set", "lora", "2"], "adapters"),
+    ],
+)
+def test_what_a_launcher_asks_for_in_vain_is_refused_in_one_line(monkeypatch, capsys, environment, words, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert __main__.main(["train", *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_nothing_is_sharded_without_a_gpu_and_that_is_said(small, tmp_path):
+    done = launched(small, tmp_path, **fsdp2())
+    assert done.returncode and "lddyn: accelerate shards on GPUs only" in done.stderr
+
+
+def test_the_settings_say_the_precision_not_the_launcher(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    launch._check_launcher(launch.settings(), world=2)
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
 
 
 def test_errors_of_all_processes_are_told_once(monkeypatch, capsys):
