@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser("sweep", help="train once for each combination of a file, and tabulate")
     sweep.add_argument("file", type=Path, help="YAML file, such as book/sweeps/learning_rate.yml")
     sweep.add_argument("--engine", default="processes", help="processes, dask or submitit")
-    sweep.add_argument("--workers", type=int, help="how many at once (default: one for each core)")
+    sweep.add_argument("--workers", type=_positive, help="how many at once (default: one for each core)")
     sweep.add_argument("--address", help="of a running dask scheduler; or the submitit cluster, such as slurm")
     sweep.add_argument("--out", type=Path, help="JSON file of the table (default: beside the sweep's file)")
 
@@ -55,10 +55,10 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("data", help="JSON Lines file with prompt, chosen and rejected, or a hub id")
     words.add_argument("out", type=Path, help="JSON Lines file to write")
     words.add_argument("--chat", required=True, help="local:FOLDER, local:HUB-ID or endpoint (see LDDYN_API_URL)")
-    words.add_argument("--limit", type=int, help="rows of each split")
-    words.add_argument("--budget", type=int, help="requests that an endpoint may be sent")
-    words.add_argument("--workers", type=int, default=1, help="requests at once")
-    words.add_argument("--max-tokens", type=int, default=256, help="tokens of an answer")
+    words.add_argument("--limit", type=_positive, help="rows of each split")
+    words.add_argument("--budget", type=_positive, help="requests that an endpoint may be sent")
+    words.add_argument("--workers", type=_positive, default=1, help="requests at once")
+    words.add_argument("--max-tokens", type=_positive, default=256, help="tokens of an answer")
     words.add_argument("--device", default="cpu", help="of a local model: cpu or cuda")
 
     book = commands.add_parser("book", help="execute every stale notebook and build the book")
@@ -158,9 +158,6 @@ def _report(a) -> int:
 def _rephrase(a) -> int:
     from lddyn import rephrase
 
-    for name in ("limit", "budget", "workers", "max_tokens"):
-        if getattr(a, name) is not None and getattr(a, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(a, name)}")
     ask = chat.connect(a.chat, a.max_tokens, a.device, a.budget)
     print(rephrase.summary(rephrase.rephrase(a.data, a.out, ask, a.limit, a.workers)))
     return 0
