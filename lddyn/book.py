@@ -46,13 +46,16 @@ def fingerprint(notebook: Path, scale: str) -> str:
 
 @contextmanager
 def pretraining(scale: str) -> Iterator[None]:
-    """Pre-train meanwhile the built-in model that most chapters start from; chapter 1 leaves it the time."""
-    from lddyn import sft
+    """Pre-train the built-in models of a scale meanwhile, in the order in which chapters need and wait for them."""
+    from lddyn import models, sft, variants
 
+    chosen = [module.SCALES[scale] for module in (sft, variants)]
+    sizes = dict.fromkeys(c["size"] for c in chosen if c.get("model", "builtin") == "builtin")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=records.as_worker) as process:
-        future = process.submit(sft.base_model, sft.settings(scale))
+        futures = [process.submit(models.builtin, size) for size in sizes]
         yield
-        future.result()
+        for future in futures:
+            future.result()
 
 
 def execute(scale: str, force: bool) -> list[str]:
