@@ -59,8 +59,12 @@ def pretraining(scale: str) -> Iterator[None]:
 
 
 def execute(scale: str, force: bool) -> list[str]:
-    """Execute every stale notebook into the book; returns one line for each failure, and goes on after it."""
-    failures, places = [], {name: EXECUTED / f"{name}.ipynb" for name in chapters()}
+    """Execute every stale notebook into the book; returns one line for each failure, and goes on after it.
+
+    Chapters without a language model come first, pre-training runs beside them.
+    """
+    order = sorted(chapters(), key=lambda name: "model" in runner.parameters(runner.notebook_path(name)))
+    failures, places = [], {name: EXECUTED / f"{name}.ipynb" for name in order}
     now = {name: fingerprint(runner.notebook_path(name), scale) for name in places}
     stale = [name for name, out in places.items() if force or _metadata(out).get("fingerprint") != now[name]]
     with pretraining(scale) if stale else nullcontext():
