@@ -226,12 +226,12 @@ def duration(hours: float) -> str:
     return f"{max(1, hours * 3600):.0f} seconds"
 
 
-def alternatives(chosen: Mapping, sharded: bool = False) -> list[dict]:
+def alternatives(chosen: Mapping, world: int = 1, sharded: bool = False) -> list[dict]:
     """Settings that need less, nearest first: smaller passes (the same numbers), then LoRA, then smaller models.
 
     Adapters are not sharded.
     """
-    few, fewest = {"probe_tokens": 4096}, {"probe_tokens": 1024, "accumulation": chosen["batch_size"]}
+    few, fewest = {"probe_tokens": 4096}, {"probe_tokens": 1024, "accumulation": chosen["batch_size"] // world}
     lora = {"lora": 16, "dtype": "bfloat16", "bf16": False}
     changes = [few, fewest] if sharded else [few, fewest, few | lora, fewest | lora]
     here = _shape_of(chosen["start"] or chosen["model"], chosen["size"]).parameters
@@ -254,9 +254,7 @@ def refuse_what_does_not_fit(chosen: Mapping, world: int = 1, sharded: bool = Fa
     need = f"{e.model} needs about {e.gib * here:.3g} GiB and {free:.3g} GiB are free"
     if e.device == "cuda" and free == 0:
         raise InputError(f"{need}: this machine has no CUDA device; --set device cpu")
-    for change in alternatives(chosen, sharded):
-        if chosen["batch_size"] % (world * change.get("accumulation", chosen["accumulation"])):
-            continue
+    for change in alternatives(chosen, world, sharded):
         less = estimate({**chosen, **change}, world, sharded, rate=1e12)
         if less.gib * here <= free:
             words = " ".join(f"--set {k} {str(v).lower() if isinstance(v, bool) else v}" for k, v in change.items())

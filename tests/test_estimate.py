@@ -148,6 +148,8 @@ def test_sharding_divides_the_state_but_probing_and_the_start_need_whole_weights
     words = ["pythia-2.8b", "--set", "batch_size", "64", "--memory", "80", "--sharded"]
     assert __main__.main(["estimate", *words]) == 2 and "needs about" in capsys.readouterr().err
     assert __main__.main(["estimate", *words, "--processes", "8"]) == 0
+    assert __main__.main(["estimate", *words[:-3], "--memory", "20", "--sharded", "--processes", "8"]) == 2
+    assert "--set probe_tokens 1024 --set accumulation 8;" in capsys.readouterr().err
 
 
 def test_the_built_in_model_comes_in_any_size():
