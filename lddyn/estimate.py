@@ -47,14 +47,13 @@ class Estimate(NamedTuple):
     flops: float  # of all processes
     hours: float
     device: str
-    start: float = 0.0  # GiB of the whole models, before they are sharded
 
     @property
     def gib(self) -> float:
         """The most that is held at one time: training and probing take turns."""
         working = {name: self.parts[name] for name in ("activations", "logits", "probing")}
         fixed = sum(self.parts.values()) - sum(working.values())
-        return max(self.start, fixed + max(working["activations"] + working["logits"], working["probing"]))
+        return fixed + max(working["activations"] + working["logits"], working["probing"])
 
 
 # --- the model ---------------------------------------------------------------------------------------------
@@ -154,7 +153,7 @@ def estimate(chosen: Mapping, world: int = 1, sharded: bool = False, rate: float
         "weights": s.parameters * (weight + 2 * chosen["bf16"]) * share,  # autocast keeps a copy
         "gradients": trained * trained_bytes * (share if sharded else 1 + (world > 1)),  # DDP has a copy to send
         "optimizer": trained * trained_bytes * STATES[chosen["optimizer"]] * share,
-        "reference": whole * share if pairs == 2 else 0,
+        "reference": whole * (share + 2 * sharded) if pairs == 2 else 0,  # TRL gathers it at once, through a buffer
         "activations": tokens * s.layers * (10 * s.width + s.feedforward) * kept,
         "logits": 3 * at_head * 4,
         "probing": 2 * cached * s.layers * 2 * s.key_value * weight + sharded * whole,
@@ -166,8 +165,7 @@ def estimate(chosen: Mapping, world: int = 1, sharded: bool = False, rate: float
     flops = passes * s.parameters * length * pairs * examples + probing
     rate = rate or measured_rate(device, chosen["bf16"] or chosen["dtype"] == "bfloat16")
     hours = flops / world / (rate * REACHED) / 3600
-    start = sharded * pairs * whole / GIB
-    return Estimate(chosen["model"], s, {k: v / GIB for k, v in bytes_of.items()}, flops, hours, device, start)
+    return Estimate(chosen["model"], s, {k: v / GIB for k, v in bytes_of.items()}, flops, hours, device)
 
 
 @cache

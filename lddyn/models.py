@@ -90,15 +90,17 @@ def inputs(model: str = "builtin", size: str = "small", seed: int = 0) -> dict[s
     return {file.name: file for file in files if file.suffix in (".json", ".safetensors")}
 
 
-def snapshot(model, weights: Mapping[str, Tensor] | None = None):
-    """A frozen copy of a model as it is now (or with other `weights`), in evaluation mode. The random state stays.
+def snapshot(model):
+    """A frozen copy of a model as it is now, in evaluation mode. The random state stays as it was.
 
     `copy.deepcopy` of a model that has been in a TRL trainer computes with the weights of the original, because TRL
     binds `forward` to it; and a trainer that is given no reference model reads one from disk.
     """
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), model.device:
         copy = type(model)(model.config)  # on its device: random weights of a large model take long on a CPU
-    copy.load_state_dict(model.state_dict() if weights is None else weights)
+    weights = copy.state_dict()
+    for name, weight in model.state_dict().items():  # one at a time: each is gathered from its shards
+        weights[name].copy_(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
     return copy.to(model.device, model.dtype).eval().requires_grad_(False)
 
 
@@ -109,11 +111,10 @@ def whole(model):
     asks for at the same time. Raises `InputError` for FSDP 1 and for sharded adapters.
     """
     if torch.distributed.is_initialized():
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
         if isinstance(model, FSDPModule) and not hasattr(model, "peft_config"):
-            return snapshot(model, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+            return snapshot(model)
         if isinstance(model, (FSDPModule, FullyShardedDataParallel)):
             raise InputError("neither FSDP 1 nor adapters under FSDP2 can be probed; use FSDP2 and train all weights")
     return getattr(model, "module", model)

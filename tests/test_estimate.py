@@ -138,13 +138,14 @@ def test_more_processes_need_less_each_and_more_together():
     assert two.parts["gradients"] == pytest.approx(2 * one.parts["gradients"])
 
 
-def test_sharding_divides_the_state_but_probing_and_the_start_need_whole_weights(capsys):
+def test_sharding_divides_the_state_but_probing_and_the_reference_need_whole_weights(capsys):
     chosen = launch.settings(["pythia-2.8b"], {"method": "dpo", "batch_size": 64})
     one, eight = (estimate.estimate(chosen, world, world > 1, rate=1e12) for world in (1, 8))
-    for name in ("weights", "gradients", "optimizer", "reference", "activations"):
+    for name in ("weights", "gradients", "optimizer", "activations"):
         assert eight.parts[name] == pytest.approx(one.parts[name] / 8)
-    assert eight.parts["probing"] == pytest.approx(one.parts["probing"] + one.parts["reference"])
-    assert eight.start == pytest.approx(2 * one.parts["reference"]) and one.start == 0
+    whole = one.parts["reference"]
+    assert eight.parts["probing"] == pytest.approx(one.parts["probing"] + whole)
+    assert eight.parts["reference"] == pytest.approx(whole / 8 + 2 * whole)
     words = ["pythia-2.8b", "--set", "batch_size", "64", "--memory", "80", "--sharded"]
     assert __main__.main(["estimate", *words]) == 2 and "needs about" in capsys.readouterr().err
     assert __main__.main(["estimate", *words, "--processes", "8"]) == 0
