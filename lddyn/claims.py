@@ -69,13 +69,16 @@ def of_sweep(name: str) -> list[pd.DataFrame]:
 def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
     """One part of a claim over seeds: `says, holds, ours, interval, outcome` (holds, fails or undecided), `seeds`.
 
-    The outcome is decided by the whole interval; for an `exact` part (an identity), by every single seed.
+    The outcome is decided by the whole interval; for an `exact` part (an identity), by every single seed. Where no run
+    measures it, `ours` is None and the outcome undecided.
     """
     statistic = getattr(evidence, part["statistic"])
     values = np.array([statistic(table) for table in tables])
     values = values[~np.isnan(values)]  # without the seeds whose runs do not measure it
     low, high = _rule(part["holds"], part["statistic"])
-    if part.get("exact"):
+    if not len(values):
+        ours, (a, b), outcome = None, (-math.inf, math.inf), "undecided"
+    elif part.get("exact"):
         ours, (a, b) = float(values.max()), (float(values.min()), float(values.max()))
         outcome = "holds" if low <= a and b <= high else "fails"
     else:
@@ -134,4 +137,5 @@ def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
 
 def sentence(part: Mapping) -> str:
     spread = "one seed" if part["interval"] is None else "[{:.3g}, {:.3g}]".format(*part["interval"])
-    return f"{part['says']}: {part['ours']:.3g} {spread}, rule {part['holds']}: {part['outcome']}"
+    found = "not measured" if part["ours"] is None else f"{part['ours']:.3g} {spread}"
+    return f"{part['says']}: {found}, rule {part['holds']}: {part['outcome']}"

@@ -81,7 +81,7 @@ def _judged(part: dict, tables: Sequence[pd.DataFrame]) -> dict | None:
             judged = claims.judge({**part, "exact": True} if one else part, tables)
     except (KeyError, IndexError, ValueError, AttributeError):  # pandas, for types, splits and settings that are absent
         return None
-    if not np.isfinite(judged["ours"]):
+    if judged["ours"] is None or not np.isfinite(judged["ours"]):
         return None
     return judged | ({"interval": None} if one else {})
 

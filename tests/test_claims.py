@@ -45,6 +45,13 @@ def test_an_identity_is_judged_by_its_worst_seed():
     assert claims.judge(part("< 1", exact=True), claims.by_seed(runs_with([0.1, 0.2, 3.0])))["outcome"] == "fails"
 
 
+@pytest.mark.parametrize("more", [{}, {"exact": True}])
+def test_what_no_run_measures_is_undecided_and_says_so(more):
+    judged = claims.judge(part("> 1") | more, claims.by_seed(runs_with([np.nan, np.nan])))
+    assert (judged["ours"], judged["interval"], judged["outcome"], judged["seeds"]) == (None, None, "undecided", 0)
+    assert ": not measured, rule > 1: undecided" in claims.sentence(judged)
+
+
 def test_interval_is_the_t_interval_of_the_mean():
     low, high = claims.interval(np.array([1.0, 2.0, 3.0]))
     assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
