@@ -107,7 +107,7 @@ def train(files: Sequence[str], words: Mapping[str, object], force: bool = False
     """
     chosen = settings(files, words)
     world, rank = tune.processes()
-    _check_launcher(chosen, world)
+    _settle_with_launcher(chosen, world)
     tune.share_of_batch(chosen["batch_size"], chosen["accumulation"], world)
     expected = estimate.estimate(chosen, world, tune.sharded())
     if rank == 0:
@@ -119,7 +119,7 @@ def train(files: Sequence[str], words: Mapping[str, object], force: bool = False
     return _together(chosen, rank)
 
 
-def _check_launcher(chosen: Mapping, world: int) -> None:
+def _settle_with_launcher(chosen: Mapping, world: int) -> None:
     """Refuse what `accelerate launch` asks for and is not there; the precision is the settings', not the launcher's."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         raise InputError("DeepSpeed is not supported; use FSDP2 (accelerate launch) or whole copies (torchrun)")

@@ -47,7 +47,8 @@ class ProbeCallback(TrainerCallback):
     `every` counts optimiser steps; `at` names steps one by one instead. Training is bit-identical with and without
     it. With an `output_dir` the long table and a manifest are written there at the end; `table()` gives the rows so
     far. Every checkpoint of the trainer carries them, so that a resumed run continues the table. Prompts and
-    responses are cut as in `ProbeSet.encode`. Raises `InputError` when the tokenizer is missing.
+    responses are cut as in `ProbeSet.encode`, and probed `batch_tokens` tokens at once, or as many as suit the device
+    (keys and values of large models fill a GPU). Raises `InputError` when the tokenizer is missing.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class ProbeCallback(TrainerCallback):
         at: Sequence[int] | None = None,
         max_prompt: int = 256,
         max_response: int = 256,
+        batch_tokens: int | None = None,
     ):
         self.probe_set, self.every, self.at = probe_set, every, None if at is None else set(at)
         self.output_dir = None if output_dir is None else Path(output_dir)
-        self.lengths = {"max_prompt": max_prompt, "max_response": max_response}
+        self.lengths, self.batch_tokens = {"max_prompt": max_prompt, "max_response": max_response}, batch_tokens
         self.encoded: Encoded | None = None
         self.parts: list[pd.DataFrame] = []
 
@@ -99,7 +101,8 @@ class ProbeCallback(TrainerCallback):
 
     def _measure(self, args, state, model) -> None:
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        part = probes.measure(models.whole(model), self.encoded)
+        with in_full_precision(models.whole(model)) as plain:
+            part = probes.measure(plain, self.encoded, self.batch_tokens)
         self.parts.append(part.assign(step=state.global_step, examples=state.global_step * batch))
 
     def _write(self, args, state) -> None:
@@ -121,6 +124,19 @@ class ProbeCallback(TrainerCallback):
             "table_sha256": records.file_hash(self.output_dir / "table.parquet"),
         }
         records.write_json(self.output_dir / "manifest.json", manifest)
+
+
+@contextmanager
+def in_full_precision(model):
+    """The model without the bfloat16 context that accelerate wraps around its `forward` and around nothing below it."""
+    wrapped = vars(model).get("forward")
+    if hasattr(model, "_original_forward"):
+        model.forward = model._original_forward
+    try:
+        yield model
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 # --- the trainers ------------------------------------------------------------------------------------------

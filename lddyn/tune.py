@@ -5,12 +5,11 @@ with the settings that only matter there (processes, accumulation, bfloat16, LoR
 """
 
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 
-from lddyn import InputError, models, preferences, probes, records, sft, unknown
+from lddyn import InputError, models, preferences, records, sft, unknown
 from lddyn.training import ProbeCallback, dpo_rows, log_rows, quiet, sft_rows, train, with_adapters
 
 METHODS = {"sft": "sequence_sum", "dpo": "sigmoid"}  # and the loss that each has unless another is named
@@ -34,31 +33,6 @@ def share_of_batch(batch_size: int, accumulation: int, world: int) -> int:
             f"the next one that does is {-(-batch_size // (accumulation * world)) * accumulation * world}"
         )
     return batch_size // (accumulation * world)
-
-
-class BoundedProbes(ProbeCallback):
-    """Probes at most `batch_tokens` tokens at once; keys and values of large models fill a GPU otherwise."""
-
-    batch_tokens: int | None = None
-
-    def _measure(self, args, state, model):
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        with in_full_precision(models.whole(model)) as plain:
-            part = probes.measure(plain, self.encoded, self.batch_tokens)
-        self.parts.append(part.assign(step=state.global_step, examples=state.global_step * batch))
-
-
-@contextmanager
-def in_full_precision(model):
-    """The model without the bfloat16 context that accelerate wraps around its `forward` and around nothing below it."""
-    wrapped = vars(model).get("forward")
-    if hasattr(model, "_original_forward"):
-        model.forward = model._original_forward
-    try:
-        yield model
-    finally:
-        if wrapped is not None:
-            model.forward = wrapped
 
 
 def tune(
@@ -116,8 +90,8 @@ def tune(
     else:
         rows = dpo_rows(tokenizer, *texts.values(), **lengths)
     steps = int(-(-len(rows) // batch_size) * epochs)
-    callback = BoundedProbes(probed, at=records.dense_early(steps, evaluations), **lengths)
-    callback.batch_tokens = probe_tokens
+    at = records.dense_early(steps, evaluations)
+    callback = ProbeCallback(probed, at=at, **lengths, batch_tokens=probe_tokens)
     given = {"method": method, "loss": loss, "beta": beta, "seed": seed, "lr": lr, "epochs": epochs, "bf16": bf16}
     given |= {"batch_size": one_pass, "accumulation": accumulation, "checkpoints": 4 * world}
     given |= {"optimizer": optimizer, "warmup": warmup, "clip": clip}

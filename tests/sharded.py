@@ -9,9 +9,9 @@ import sys
 import torch.distributed.fsdp
 from accelerate import DistributedType, PartialState
 
-from lddyn import __main__, tune
+from lddyn import __main__, training
 
-init, shard, on_step_end = PartialState.__init__, torch.distributed.fsdp.fully_shard, tune.BoundedProbes.on_step_end
+init, shard, on_step_end = PartialState.__init__, torch.distributed.fsdp.fully_shard, training.ProbeCallback.on_step_end
 sharded = []
 
 
@@ -33,5 +33,5 @@ def broken_off(self, args, state, control, **options):
 
 
 PartialState.__init__, torch.distributed.fsdp.fully_shard = as_an_accelerator, counted
-tune.BoundedProbes.on_step_end = broken_off
+training.ProbeCallback.on_step_end = broken_off
 sys.exit(__main__.main() or (0 if sharded else 3))

@@ -216,7 +216,7 @@ def test_nothing_is_sharded_without_a_gpu_and_that_is_said(small, tmp_path):
 
 def test_the_settings_say_the_precision_not_the_launcher(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    launch._check_launcher(launch.settings(), world=2)
+    launch._settle_with_launcher(launch.settings(), world=2)
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
 
 
