@@ -9,11 +9,13 @@ the model: training mode, gradients and random state stay as they were.
 """
 
 import copy
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lddyn import InputError, unknown
+from lddyn import Caution, InputError, unknown
 from lddyn.logprobs import AT_ONCE, TokenStats, token_stats
 from lddyn.preferences import RESPONSE_TYPES
 
@@ -119,7 +121,7 @@ class ProbeSet:
             names.append(name or f"{len(names):05d}")
             texts.append(row)
         if skipped:
-            warnings.warn(f"{path}: skipped {len(skipped)} bad rows; the first: {skipped[0]}", stacklevel=2)
+            warnings.warn(f"{path}: skipped {len(skipped)} bad rows; the first: {skipped[0]}", Caution, stacklevel=2)
         if not texts:
             raise InputError(f"{path}: no rows")
         if len(set(names)) < len(names):
@@ -256,7 +258,7 @@ def _walk(model, encoded: Encoded, batch_tokens: int | None, share: bool) -> Wal
     why_not = _sharing(model, prompts, texts) if share else None
     if why_not:
         name, cost = type(model).__name__, "each text is computed in full, which takes longer"
-        warnings.warn(f"{name} cannot share a prompt between its responses ({why_not}): {cost}", stacklevel=3)
+        warnings.warn(f"{name} cannot share a prompt between its responses ({why_not}): {cost}", Caution, stacklevel=3)
     walk = _shared if share and not why_not else _plain
     yield from walk(model, prompts, texts, range(len(texts)), budget)
 
@@ -264,15 +266,15 @@ def _walk(model, encoded: Encoded, batch_tokens: int | None, share: bool) -> Wal
 def _shared(model, prompts, texts, wanted, budget: int) -> Walk:
     """Each prompt once; its keys and values serve all its responses; the output layer only where needed."""
     body, head = _body_and_head(model)
-    of_prompt = {}
+    keyword, of_prompt = cache_keyword(type(body)), {}
     for text in wanted:
         of_prompt.setdefault(texts[text][0], []).append(text)
     for chunk in _batches(of_prompt, lambda p: len(prompts[p]), budget):
         ids, mask = _padded([prompts[p] for p in chunk], model.device)  # (prompts, P)
-        cache, width = DynamicCache(), ids.shape[1]
+        keys_values, width = DynamicCache(), ids.shape[1]
         positions = torch.arange(width, device=model.device).expand_as(ids)
         hidden = body(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{keyword: keys_values}
         ).last_hidden_state  # (prompts, P, width)
         ends = mask.sum(1) - 1
         last = hidden[torch.arange(len(chunk), device=ends.device), ends]  # predicts the first token of each response
@@ -288,8 +290,8 @@ def _shared(model, prompts, texts, wanted, budget: int) -> Walk:
                     input_ids=targets[:, :-1],
                     attention_mask=torch.cat([mask[of], real[:, :-1]], 1),
                     position_ids=positions,
-                    past_key_values=_rows_of(cache, of),
                     use_cache=True,
+                    **{keyword: _rows_of(keys_values, of)},
                 ).last_hidden_state
                 hidden = torch.cat([hidden, later], 1)  # (rows, R, width)
             real = real.bool()
@@ -338,17 +340,28 @@ def _padded(sequences: list[list[int]], device) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _rows_of(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A cache whose row i is row `rows[i]` of `cache`, which stays as it is."""
-    selected = copy.copy(cache)
-    selected.layers = [copy.copy(layer) for layer in cache.layers]
+@cache
+def cache_keyword(kind: type) -> str:
+    """What the `forward` of this class of models calls keys and values: `cache` from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
+def _rows_of(keys_values: DynamicCache, rows: Tensor) -> DynamicCache:
+    """A cache whose row i is row `rows[i]` of `keys_values`, which stays as it is."""
+    selected = copy.copy(keys_values)
+    selected.layers = [copy.copy(layer) for layer in keys_values.layers]
     selected.batch_select_indices(rows)
     return selected
 
 
+def _unwrapped(model):
+    """The model of `transformers` inside PEFT's wrapper, with its adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _body_and_head(model):
-    """The transformer without its output layer, and the output layer; PEFT's wrapper hides both."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformer without its output layer, and the output layer."""
+    model = _unwrapped(model)
     return model.base_model, model.get_output_embeddings()
 
 
@@ -458,6 +471,7 @@ def sample(
 def _decode(model, tokenizer, prompts, max_new_tokens, max_prompt, batch_size, choose) -> list[Decoded]:
     encoded = [encode_prompt(tokenizer, prompt, max_prompt) for prompt in prompts]
     end, results = tokenizer.eos_token_id, {}
+    keyword = cache_keyword(type(_unwrapped(model)))
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     with _probing(model):
         for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
@@ -466,13 +480,13 @@ def _decode(model, tokenizer, prompts, max_new_tokens, max_prompt, batch_size, c
             ids = torch.tensor([[end] * n + encoded[i] for n, i in zip(pad, rows, strict=True)], device=model.device)
             mask = torch.tensor([[0] * n + [1] * (width - n) for n in pad], device=model.device)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
-            cache, tokens, logps = None, [], []
+            keys_values, tokens, logps = None, [], []
             for step in range(max_new_tokens):
                 out = model(
                     input_ids=ids, attention_mask=mask, position_ids=positions,
-                    past_key_values=cache, use_cache=True, logits_to_keep=1,
+                    use_cache=True, logits_to_keep=1, **{keyword: keys_values},
                 )  # fmt: skip
-                cache, logits = out.past_key_values, out.logits[:, -1]  # (rows, V)
+                keys_values, logits = getattr(out, keyword), out.logits[:, -1]  # (rows, V)
                 ids = choose(logits, rows, step).unsqueeze(1)
                 tokens.append(ids)
                 logps.append(token_stats(logits, ids.squeeze(1)).logp)

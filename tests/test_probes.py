@@ -442,3 +442,13 @@ def test_samples_follow_the_models_distribution(tokenizer):
     drawn = [d.tokens[0] for d in sample(model, tokenizer, [PROMPTS[1]] * 2000, 1, seed=0, batch_size=500)]
     frequency = np.bincount(drawn, minlength=VOCAB) / 2000
     assert np.abs(frequency - logp.exp().numpy()).max() < 0.05
+
+
+def test_keys_and_values_are_passed_under_the_name_that_the_model_knows():
+    class Old:
+        def forward(self, input_ids, past_key_values=None): ...
+
+    class New:
+        def forward(self, input_ids, cache=None): ...
+
+    assert (probes.cache_keyword(Old), probes.cache_keyword(New)) == ("past_key_values", "cache")
