@@ -74,6 +74,10 @@ def parser() -> argparse.ArgumentParser:
     verdicts = commands.add_parser("claims", help="the verdict on every claim of the paper")
     verdicts.add_argument("--json", action="store_true")
 
+    again = commands.add_parser("pretrain", help="make the built-in models again and say whether they are equal")
+    again.add_argument("sizes", nargs="*", help="tiny, small, world (default: all)")
+    again.add_argument("--ship", action="store_true", help="put them in the place of those of the package")
+
     bench = commands.add_parser("bench", help="measure the probing engine beside two other ways, in one run")
     bench.add_argument("--repeats", type=_positive, default=3)
     bench.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -199,6 +203,20 @@ def _claims(a) -> int:
     return 0
 
 
+def _pretrain(a) -> int:
+    from lddyn import models, unknown
+
+    for size in a.sizes:
+        if size not in models.SIZES:
+            raise unknown("size", size, models.SIZES)
+    equal = True
+    for size in a.sizes or models.SIZES:
+        same, line = models.repeat(size, a.ship)
+        print(line, flush=True)
+        equal &= same
+    return 0 if equal else 1
+
+
 def _bench(a) -> int:
     from lddyn import bench
 
@@ -218,6 +236,7 @@ COMMANDS = {
     "pdf": _pdf,
     "status": _status,
     "claims": _claims,
+    "pretrain": _pretrain,
     "bench": _bench,
 }
 

@@ -8,18 +8,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
 from html import escape
-from multiprocessing import get_context
 from pathlib import Path
 
 import yaml
 from docutils.nodes import make_id
 from filelock import FileLock, Timeout
 
-from lddyn import InputError, bench, claims, display, figures, preferences, records, runner, unknown
+from lddyn import InputError, bench, claims, display, estimate, figures, preferences, records, runner, unknown
 
 BOOK = records.ROOT / "book"
 EXECUTED = BOOK / "notebooks"
@@ -44,36 +41,32 @@ def fingerprint(notebook: Path, scale: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-@contextmanager
-def pretraining(scale: str) -> Iterator[None]:
-    """Pre-train the built-in models of a scale meanwhile, in the order in which chapters need and wait for them."""
-    from lddyn import models, sft, variants
-
-    chosen = [module.SCALES[scale] for module in (sft, variants)]
-    sizes = dict.fromkeys(c["size"] for c in chosen if c.get("model", "builtin") == "builtin")
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=records.as_worker) as process:
-        futures = [process.submit(models.builtin, size) for size in sizes]
-        yield
-        for future in futures:
-            future.result()
-
-
 def execute(scale: str, force: bool) -> list[str]:
-    """Execute every stale notebook into the book; returns one line for each failure, and goes on after it.
-
-    Chapters without a language model come first, pre-training runs beside them.
-    """
-    order = sorted(chapters(), key=lambda name: "model" in runner.parameters(runner.notebook_path(name)))
-    failures, places = [], {name: EXECUTED / f"{name}.ipynb" for name in order}
+    """Execute every stale notebook into the book; returns one line for each failure, and goes on after it."""
+    failures, places = [], {name: EXECUTED / f"{name}.ipynb" for name in chapters()}
     now = {name: fingerprint(runner.notebook_path(name), scale) for name in places}
     stale = [name for name, out in places.items() if force or _metadata(out).get("fingerprint") != now[name]]
-    with pretraining(scale) if stale else nullcontext():
-        for name, out in places.items():
-            if name not in stale:
-                print(f"lddyn: {name} is fresh")
-            elif problem := _execute(name, out, scale, now[name]):
-                failures.append(f"{name}: {problem}")
+    if stale:
+        print(
+            f"lddyn: {len(stale)} of {len(places)} chapters to run at scale {scale}, {expected(stale, scale)}",
+            flush=True,
+        )
+    for name, out in places.items():
+        if name not in stale:
+            print(f"lddyn: {name} is fresh")
+        elif problem := _execute(name, out, scale, now[name]):
+            failures.append(f"{name}: {problem}")
     return failures
+
+
+def expected(names: Iterable[str], scale: str) -> str:
+    """How long these chapters take here: times on another machine (`book/times.json`), scaled by both matrix rates."""
+    recorded = json.loads((BOOK / "times.json").read_text())
+    if scale not in recorded["seconds"]:
+        return "which takes a GPU hours to days"
+    rate = estimate.measured_rate("cpu", bf16=False) / 1e9
+    minutes = sum(recorded["seconds"][scale][name] for name in names) * recorded["gflops"] / rate / 60
+    return f"about {max(minutes, 1):.0f} min here ({rate:.0f} GFLOP/s), less where runs are cached"
 
 
 def _execute(name: str, out: Path, scale: str, fingerprint: str) -> str | None:
@@ -84,10 +77,14 @@ def _execute(name: str, out: Path, scale: str, fingerprint: str) -> str | None:
         problem = runner.execute(source, runner.checked(source, {"scale": scale}), out)
     except InputError as error:
         problem = str(error)
+    if not problem and (problem := runner.noise(out)):
+        failed = out.with_suffix(".failed.ipynb")
+        out.replace(failed)
+        problem += f" (notebook: {failed})"
     if not problem:
         seconds = round(time.perf_counter() - clock, 1)
         _stamp(out, {"fingerprint": fingerprint, "scale": scale, "seconds": seconds})
-        print(f"lddyn: {name} took {seconds} s at scale {scale}")
+        print(f"lddyn: {name} took {seconds} s", flush=True)
     return problem
 
 

@@ -6,10 +6,11 @@ anything is loaded. All processes train and measure, the first one writes the re
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lddyn import InputError, dpo, estimate, models, preferences, prose, records, runner, sft, tune, unknown
+from lddyn import InputError, dpo, estimate, models, preferences, records, runner, sft, tune, unknown
 
 FILES = records.ROOT / "book" / "settings"
 PARAMETERS = runner.read_cell(
@@ -81,13 +82,9 @@ def base_model(chosen: Mapping) -> str:
     """
     if chosen["model"] != "builtin" or chosen["size"] in models.SIZES:
         return sft.base_model(chosen)
-    small = models.SIZES["small"]
-    shape = estimate.architecture(chosen["size"])
-    libraries = prose.versions(small["libraries"])
-    parameters = {"architecture": shape, "libraries": libraries, "steps": small["steps"], "seed": 0}
-    parameters["lr"] = round(8e-3 * small["architecture"]["width"] / shape["width"], 6)
-    corpus = {"prose": prose.run(libraries).folder / "prose.txt", "preferences": preferences.BUILTIN}
-    return str(records.run(models.pretrain, parameters, corpus).folder / "model")
+    small, shape = models.SIZES["small"], estimate.architecture(chosen["size"])
+    lr = round(8e-3 * small["architecture"]["width"] / shape["width"], 6)
+    return str(models.pretrained(small["libraries"], architecture=shape, steps=small["steps"], seed=0, lr=lr))
 
 
 def job(chosen: Mapping) -> tuple[dict, dict[str, Path]]:
@@ -114,9 +111,10 @@ def train(files: Sequence[str], words: Mapping[str, object], force: bool = False
         print(estimate.report(expected), flush=True)
     if not force:
         estimate.refuse_what_does_not_fit(chosen, world, tune.sharded())
-    if world == 1:
-        return records.run(tune.tune, *job(chosen))
-    return _together(chosen, rank)
+    run = records.run(tune.tune, *job(chosen), threads=None) if world == 1 else _together(chosen, rank)
+    for message in run.manifest["cautions"] if run else ():
+        print(f"lddyn: caution: {message}", file=sys.stderr)
+    return run
 
 
 def _settle_with_launcher(chosen: Mapping, world: int) -> None:

@@ -1,7 +1,8 @@
-"""Language models: the built-in one, pre-trained on the spot, and any causal LM of `transformers`.
+"""Language models: the built-in ones, which come with the package, and any causal LM of `transformers`.
 
-The built-in model is a small GPT-NeoX, the architecture of Pythia, with its own byte-level BPE. It learns English from
-the documentation strings of the installed libraries and from the pre-training split of the built-in preference set.
+A built-in model is a small GPT-NeoX, the architecture of Pythia, with its own byte-level BPE. It has learned English
+from the documentation strings of installed libraries and from the pre-training split of the built-in preference set.
+Those of seed 0 are data of this package, so that numbers do not change with the libraries; `repeat` makes them again.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor
@@ -51,6 +53,7 @@ SIZES = {  # a few seconds; one to two minutes
         "block": 64,
     },
 }
+SHIPPED = Path(__file__).parent / "data" / "models"  # SIZE/ with weights, tokenizer and recipe.yml; seed 0
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 disable_progress_bar()  # otherwise every load and save of a small model draws one into the notebook
@@ -70,7 +73,7 @@ def load(
 ):
     """A causal language model, in evaluation mode and with dropout set to 0 as in the paper, and its tokenizer.
 
-    `model`: "builtin" (of `size` "small" or "tiny" and `seed`; pre-trained where it is not in the cache), a folder, or
+    `model`: "builtin" (of a `size` of SIZES and `seed`; another seed than 0 is pre-trained on the spot), a folder, or
     a hub id. `attention`: "sdpa", "eager" (which forward-mode derivatives need), or None for the library's choice.
     Weights are read from safetensors only. Raises `InputError` when there is no such model, device or dtype.
     """
@@ -197,19 +200,55 @@ def _mend(tokenizer, model, name: str) -> None:
 
 
 def builtin(size: str = "small", seed: int = 0) -> Path:
-    """The folder of the built-in model: from the cache, or pre-trained now. The manifest beside it names the corpus."""
+    """The folder of a built-in model: the one that comes with the package, or for another seed pre-trained now."""
     if size not in SIZES:
         raise unknown("size", size, SIZES)
-    libraries = prose.versions(SIZES[size]["libraries"])
-    parameters = {**SIZES[size], "libraries": libraries, "seed": seed}
-    corpus = {}  # the closed world is in the code
-    if libraries:
-        corpus = {"prose": prose.run(libraries).folder / "prose.txt", "preferences": preferences.BUILTIN}
-    run = records.run(pretrain, parameters, corpus)
+    shipped = SHIPPED / size
+    return shipped if seed == 0 and shipped.is_dir() else pretrained(seed=seed, **SIZES[size])
+
+
+def pretrained(libraries: Sequence[str], **recipe) -> Path:
+    """The folder of a model that is pre-trained now or comes from the cache; the manifest beside it names the corpus.
+
+    `recipe`: the parameters of `pretrain`; `libraries` are names of `prose.LIBRARIES` as they are installed.
+    """
+    run = _pretraining(libraries, recipe)
     if not (run.folder / "model" / "model.safetensors").exists():  # deleted to make room
         shutil.rmtree(run.folder)
-        run = records.run(pretrain, parameters, corpus)
+        run = _pretraining(libraries, recipe)
     return run.folder / "model"
+
+
+def _pretraining(libraries: Sequence[str], recipe: Mapping) -> records.Run:
+    installed, corpus = prose.versions(libraries), {}  # the closed world is in the code
+    if libraries:
+        corpus = {"prose": prose.run(installed).folder / "prose.txt", "preferences": preferences.BUILTIN}
+    return records.run(pretrain, {**recipe, "libraries": installed}, corpus)
+
+
+def repeat(size: str, ship: bool = False) -> tuple[bool, str]:
+    """Pre-train the built-in model of a size again: whether it is equal to the one of the package, and a line on it.
+
+    With `ship` it takes the place of the one in the package, with its recipe: corpus, versions, hashes, loss.
+    """
+    folder = pretrained(seed=0, **SIZES[size])
+    run, there = records.load(folder.parent), SHIPPED / size
+    loss = run.table[run.table.prompt_id == "held out"].value.iloc[-1]
+    made = {
+        "parameters": run.manifest["parameters"],
+        "corpus": {name: file["sha256"] for name, file in run.manifest["inputs"].items()},
+        "versions": run.manifest["versions"],
+        "held_out_loss": round(float(loss), 4),  # nats per token
+        "sha256": {file.name: records.file_hash(file) for file in sorted(folder.iterdir())},
+    }
+    if ship:
+        shutil.copytree(folder, there, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        (there / "recipe.yml").write_text(yaml.safe_dump(made, sort_keys=False))
+    recipe = yaml.safe_load((there / "recipe.yml").read_text())
+    differ = [name for name in ("corpus", "versions", "sha256") if recipe[name] != made[name]]
+    equal = "sha256" not in differ
+    line = f"{size}: {'equal to' if equal else 'not'} the model of this package"
+    return equal, line + (f" ({', '.join(differ)} differ)" if differ else "")
 
 
 def pretrain(

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from lddyn import InputError, models, preferences, prose, records
@@ -199,6 +200,26 @@ def test_pretraining_sees_its_own_preferences_and_no_others(monkeypatch):
     assert set(questions) == {e["prompt"] + e["chosen"] for e in preferences.load(split="pretrain")}
     assert len(held_out) == 400 and not set(held_out) & set(train)
     assert len(train) - len(questions) + len(held_out) == 20_000
+
+
+@pytest.mark.parametrize("size", models.SIZES)
+def test_builtin_models_come_with_the_package_and_their_recipe_is_that_of_the_code(size):
+    folder = models.builtin(size)
+    recipe = yaml.safe_load((folder / "recipe.yml").read_text())
+    assert folder == models.SHIPPED / size
+    assert {name: records.file_hash(folder / name) for name in recipe["sha256"]} == recipe["sha256"]
+    made = recipe["parameters"] | {"libraries": list(recipe["parameters"]["libraries"])}
+    assert made == {**models.SIZES[size], "seed": 0}
+    if size != "world":
+        assert recipe["corpus"]["preferences"] == records.file_hash(preferences.BUILTIN)
+
+
+def test_a_model_made_again_is_compared_with_the_one_of_the_package(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "SHIPPED", tmp_path / "shipped")
+    assert models.repeat(tiny, ship=True) == (True, "test: equal to the model of this package")
+    monkeypatch.setitem(models.SIZES, "test", TINY | {"steps": 251})
+    equal, line = models.repeat(tiny)
+    assert not equal and "sha256 differ" in line
 
 
 def test_blocks_lose_no_token_and_predict_each_once():
