@@ -17,6 +17,10 @@ __version__ = "0.1.0"
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 
+class Caution(UserWarning):
+    """What somebody who reads the numbers must know; a page shows it as such (`display`, manifest `cautions`)."""
+
+
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what, where, what is allowed."""
 

@@ -1,14 +1,35 @@
 """What a chapter shows besides figures: the verdicts on its claims, and where its numbers come from."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
 
 import pandas as pd
+from IPython.display import HTML, display
 
-from lddyn import claims, kept
+from lddyn import Caution, claims, figures, kept
 from lddyn.records import Run
 
 BUNDLE = "application/vnd.lddyn+json"  # read back from the executed notebook by `book.published`
+
+
+def begin() -> None:
+    """What every notebook starts with: the style of its figures; and a `Caution` appears on the page as one."""
+    figures.use_style()
+    show = warnings.showwarning
+
+    def on_page(message, category, *where, **how):
+        if issubclass(category, Caution):
+            display(HTML(caution(str(message))))
+        else:
+            show(message, category, *where, **how)
+
+    warnings.showwarning = on_page
+
+
+def caution(message: str) -> str:
+    """A message that a reader must see, as HTML."""
+    return f'<p class="caution"><strong>Caution.</strong> {escape(message)}</p>'
 
 
 class Results:
@@ -24,7 +45,9 @@ class Results:
 
     def _repr_mimebundle_(self, **_) -> dict:
         bundle = {"chapter": self.chapter, "scale": self.scale, "runs": [r.folder.name for r in self.runs]}
-        html = verdict_table(self.verdicts()) + provenance(kept.origin(self.runs), self.scale)
+        noted = dict.fromkeys(message for run in self.runs for message in run.manifest.get("cautions", []))
+        html = "".join(map(caution, noted)) + verdict_table(self.verdicts())
+        html += provenance(kept.origin(self.runs), self.scale)
         return {"text/html": html, BUNDLE: bundle, "text/plain": f"{self.chapter}: {len(self.runs)} runs"}
 
 

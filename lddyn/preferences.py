@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lddyn import InputError, unknown, world
+from lddyn import Caution, InputError, unknown, world
 
 RESPONSE_TYPES = {  # our name: the names in the authors' files
     "chosen": (),
@@ -66,7 +66,7 @@ def load(data: str = "builtin", split: str = "train", limit: int | None = None, 
                 raise InputError(f"{error} (strict=False skips such rows)") from None
             skipped.append(error)
     if skipped:
-        warnings.warn(f"{data}: skipped {len(skipped)} bad rows; the first: {skipped[0]}", stacklevel=2)
+        warnings.warn(f"{data}: skipped {len(skipped)} bad rows; the first: {skipped[0]}", Caution, stacklevel=2)
     if not examples:
         raise InputError(f"{data}: no rows of split {split!r}")
     return examples
@@ -214,7 +214,7 @@ def response_types(
         found.setdefault("test_shuffled", _shuffled(found["other_test"], seed + 1))
     left_out = [name for name in kinds if name not in found and name != "chosen_initial"]
     if left_out:
-        warnings.warn(f"response types left out, the data lacks them: {', '.join(left_out)}", stacklevel=2)
+        warnings.warn(f"response types left out, the data lacks them: {', '.join(left_out)}", Caution, stacklevel=2)
     return {name: found[name] for name in RESPONSE_TYPES if name in found and name in kinds}
 
 

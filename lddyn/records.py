@@ -23,7 +23,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import cache
@@ -34,6 +35,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from filelock import FileLock
+
+from lddyn import Caution
 
 COLUMNS = ["step", "examples", "prompt_id", "response_type", "metric", "value"]
 PACKAGE = Path(__file__).parent
@@ -159,10 +162,12 @@ def describe(function: Callable, parameters: Mapping, inputs: Mapping[str, Path]
 def key(description: Mapping) -> str:
     """Twelve hexadecimal digits that name a description.
 
-    Input files count by content, and folders of other runs by their name: the key is the same in every clone.
+    Input files count by content, folders of other runs and of this package by name: the key is the same in every clone.
     """
     content = {**description, "inputs": {k: v["sha256"] for k, v in description["inputs"].items()}}
-    text = json.dumps(content, sort_keys=True).replace(json.dumps(str(runs_root()))[1:-1], "runs")
+    text = json.dumps(content, sort_keys=True)
+    for folder, name in ((runs_root(), "runs"), (PACKAGE, "lddyn")):
+        text = text.replace(json.dumps(str(folder))[1:-1], name)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -298,9 +303,26 @@ def _threads(count: int | None):
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
-        yield
+        yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[list[str]]:
+    """The messages of every `Caution` meanwhile, once each, which are then not printed; other warnings are."""
+    messages, show = [], warnings.showwarning
+
+    def note(message, category, *where, **how):
+        if not issubclass(category, Caution):
+            show(message, category, *where, **how)
+        elif str(message) not in messages:
+            messages.append(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Caution)
+        warnings.showwarning = note
+        yield messages
 
 
 def run(
@@ -314,7 +336,8 @@ def run(
 
     `function` is importable, returns a long table (`COLUMNS`) and may keep checkpoints in `work`, which
     survives an interruption and is removed at the end. `inputs` are files whose content counts. One thread
-    by default: tiny models are fastest so, and the numbers do not depend on the number of cores.
+    by default: tiny models are fastest so, and the numbers do not depend on the number of cores; with more (None: as
+    many as PyTorch takes) sums are made in another order, and the last digits may differ. The manifest says how many.
     Two processes that ask for the same run wait for each other. Raises `RecordError` when the
     folder cannot be written, before anything is computed.
     """
@@ -357,8 +380,9 @@ def _compute(function, parameters, description, folder: Path, threads) -> Run:
     }
     write_json(folder / "manifest.json", manifest)
     clock = time.perf_counter()
-    with _threads(threads):
+    with _threads(threads) as used, _noted() as cautions:
         table = function(work=work, **parameters)
+    manifest |= {"threads": used, "cautions": cautions}
     try:
         check(table)
     except RecordError as error:

@@ -200,6 +200,26 @@ def execute(notebook: Path, values: Mapping[str, object], out: Path, timeout: in
     return None
 
 
+def noise(path: Path) -> str | None:
+    """What a page must not show and an executed notebook holds, as one line; None where there is nothing.
+
+    Output on stderr, a warning, a path of this machine.
+    """
+    places = {sys.prefix, str(ROOT), str(Path.home())} - {"/"}
+    for number, cell in enumerate(json.loads(path.read_text())["cells"], 1):
+        for output in cell.get("outputs", []):
+            text = "".join(output.get("text", ""))
+            text += "".join("".join(v) for k, v in output.get("data", {}).items() if k.startswith("text/"))
+            where = f"cell {number} holds"
+            if output.get("name") == "stderr":
+                return f"{where} output on stderr: {text.strip().splitlines()[0]}"
+            if found := re.search(r"^.*\w+Warning: .*$", text, re.M):
+                return f"{where} a warning: {found[0].strip()}"
+            if found := next((place for place in places if place in text), None):
+                return f"{where} a path of this machine: {found}"
+    return None
+
+
 def _failing_cell(path: Path, error: Exception) -> str:
     """Name the cell that failed and the last line of its error."""
     last = str(error).strip().splitlines()[-1] if str(error).strip() else ""

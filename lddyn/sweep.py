@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -103,10 +104,10 @@ def engine(name: str, workers: int | None = None, address: str | None = None):
         yield client
 
 
-def run_all(jobs: Sequence[tuple[dict, dict[str, Path]]], executor) -> list[records.Run]:
+def run_all(jobs: Sequence[tuple[dict, dict[str, Path]]], executor, threads: int = 1) -> list[records.Run]:
     """The records of all jobs, in order. What finished stays when another fails; the first failure is raised last."""
     root, runs, failures = records.runs_root().absolute(), [], []
-    futures = [executor.submit(records.run, tune.tune, parameters, files, root=root) for parameters, files in jobs]
+    futures = [executor.submit(records.run, tune.tune, *job, threads=threads, root=root) for job in jobs]
     for future in futures:
         try:
             runs.append(future.result())
@@ -135,8 +136,10 @@ def sweep(
     chosen = combinations(plan)
     out = out or path.with_suffix(".json")
     runner.writable(out)
+    cores = os.cpu_count() or 1
+    threads = cores // min(workers or cores, cores, len(chosen)) if engine_name == "processes" else 1
     with engine(engine_name, workers, address) as executor:
-        runs = run_all([launch.job(each) for each in chosen], executor)
+        runs = run_all([launch.job(each) for each in chosen], executor, threads)
     over = list(plan["over"])
     rows = [row(each, over, plan["statistics"], run) for each, run in zip(chosen, runs, strict=True)]
     kept.write(out, rows, runs, title=plan["title"], plan=plan)

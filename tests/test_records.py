@@ -4,13 +4,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 
-from lddyn import digits, records
+from lddyn import Caution, digits, records
 from lddyn.records import COLUMNS, RecordError
 
 CALLS = []
@@ -168,7 +169,7 @@ SMALL = {
     "seed": 0, "net": "mlp", "data": "digits", "mnist_dir": "", "n_train": 200, "n_test": 300,
     "epochs": 60, "evaluations": 30, "lr": 0.03, "eta": 0.01,
 }  # fmt: skip
-SCRIPT = f"from lddyn import digits, records\nif __name__ == '__main__': records.run(digits.train, {SMALL})"
+SCRIPT = f"from lddyn import Caution, digits, records\nif __name__ == '__main__': records.run(digits.train, {SMALL})"
 
 
 def test_killed_training_resumes_to_the_numbers_of_an_uninterrupted_run(tmp_path, monkeypatch):
@@ -245,3 +246,27 @@ def test_a_clone_in_another_folder_has_the_same_keys(tmp_path, monkeypatch):
         given = {"seed": 1, "stage": str(tmp_path / clone / "double-0123"), "factor": 1.0}
         keys.append(records.key(records.describe(from_stage, given, {})))
     assert keys[0] == keys[1]
+
+
+def warns(work: Path, seed: int) -> pd.DataFrame:
+    for _ in range(2):
+        warnings.warn("prompts are computed in full", Caution, stacklevel=1)
+    return double(work, seed)
+
+
+def test_what_a_reader_must_know_is_in_the_manifest(recwarn):
+    assert records.run(warns, {"seed": 1}).manifest["cautions"] == ["prompts are computed in full"]
+    assert not recwarn.list
+
+
+def test_the_manifest_says_how_many_threads_computed_it():
+    assert records.run(double, {"seed": 1}).manifest["threads"] == 1
+    assert records.run(double, {"seed": 2}, threads=2).manifest["threads"] == 2
+
+
+def test_a_key_is_the_same_wherever_the_package_lies(monkeypatch, tmp_path):
+    def named(package: Path) -> str:
+        monkeypatch.setattr(records, "PACKAGE", package)
+        return records.key({"inputs": {}, "model": str(package / "data" / "models" / "tiny")})
+
+    assert named(tmp_path / "one") == named(tmp_path / "two")

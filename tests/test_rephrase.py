@@ -30,6 +30,7 @@ def reverse(prompt: str) -> str:
     return " ".join(reversed(text_of(prompt).split())) + (" indeed" if "mould" in prompt else "")
 
 
+@pytest.mark.filterwarnings("ignore::lddyn.Caution")
 def test_what_is_written_is_read_as_data_with_all_types(mine, tmp_path):
     out = tmp_path / "out" / "rephrased.jsonl"
     report = rephrase.rephrase(str(mine), out, reverse)

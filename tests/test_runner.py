@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lddyn import InputError, runner
+from lddyn import InputError, book, runner
 from lddyn.__main__ import main
 
 
@@ -13,6 +13,7 @@ def notebook(path: Path, *sources: str, parameters: str = "lr: float = 1e-3  # (
          "execution_count": None, "outputs": [], "source": source}
         for i, source in enumerate([parameters, *sources])
     ]  # fmt: skip
+    path.parent.mkdir(exist_ok=True)
     path.write_text(
         json.dumps(
             {
@@ -139,3 +140,34 @@ def test_running_several_notebooks_at_once_does_not_mix_their_outputs(tmp_path):
         outs = [tmp_path / f"{v}.ipynb" for v in (0.25, 0.5)]
         assert list(pool.map(lambda o: runner.execute(n, {"lr": float(o.stem)}, o), outs)) == [None, None]
     assert all(f"lr is {o.stem}" in o.read_text() for o in outs)
+
+
+SCALE = 'scale: str = "smoke"  # {smoke} the one dial'
+
+
+@pytest.mark.parametrize(
+    ("cell", "found"),
+    [
+        ("import sys; print('loading', file=sys.stderr)", "output on stderr: loading"),
+        ("import warnings; warnings.warn('old name', FutureWarning)", "output on stderr"),
+        ("print('lib.py:3: FutureWarning: use cache')", "a warning: lib.py:3: FutureWarning: use cache"),
+        ("import sys; print(sys.prefix)", "a path of this machine"),
+        ("import torch\ntorch.__path__[0]", "a path of this machine"),
+    ],
+)
+def test_a_strict_build_refuses_what_a_library_printed(tmp_path, monkeypatch, cell, found):
+    source = notebook(tmp_path / "source" / "n.ipynb", cell, parameters=SCALE)
+    out = tmp_path / "n.ipynb"
+    monkeypatch.setattr(runner, "notebook_path", lambda name: source)
+    problem = book._execute("n", out, "smoke", "fingerprint")
+    assert found in problem and not out.exists() and (tmp_path / "n.failed.ipynb").exists()
+
+
+def test_a_caution_of_ours_is_shown_as_one_and_a_clean_notebook_passes(tmp_path, monkeypatch):
+    lines = (
+        "import warnings, lddyn\nfrom lddyn import display\ndisplay.begin()\nwarnings.warn('3 <rows>', lddyn.Caution)"
+    )
+    source, out = notebook(tmp_path / "source" / "n.ipynb", lines), tmp_path / "n.ipynb"
+    monkeypatch.setattr(runner, "notebook_path", lambda name: source)
+    assert book._execute("n", out, "smoke", "fingerprint") is None
+    assert "Caution.</strong> 3 &lt;rows&gt;" in out.read_text()

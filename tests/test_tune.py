@@ -49,6 +49,7 @@ def same(one, other, tolerance=0.0):
     assert (both.value_x - both.value_y).abs().max() <= tolerance
 
 
+@pytest.mark.filterwarnings("ignore::lddyn.Caution")
 def test_it_is_the_training_of_chapter_3(small, tmp_path):
     parameters, _ = launch.job(launch.settings((), small | {"method": "sft"}))
     mine = tune.tune(tmp_path / "mine" / "work", **parameters)
@@ -58,6 +59,7 @@ def test_it_is_the_training_of_chapter_3(small, tmp_path):
     same(mine, sft.finetune(tmp_path / "theirs" / "work", **given))
 
 
+@pytest.mark.filterwarnings("ignore::lddyn.Caution")
 def test_it_is_the_training_of_chapter_5(small, tmp_path):
     parameters, _ = launch.job(launch.settings((), small | {"method": "dpo"}))
     mine = tune.tune(tmp_path / "mine" / "work", **parameters)
