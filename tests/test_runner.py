@@ -164,10 +164,10 @@ def test_a_strict_build_refuses_what_a_library_printed(tmp_path, monkeypatch, ce
 
 
 def test_a_caution_of_ours_is_shown_as_one_and_a_clean_notebook_passes(tmp_path, monkeypatch):
-    lines = (
-        "import warnings, lddyn\nfrom lddyn import display\ndisplay.begin()\nwarnings.warn('3 <rows>', lddyn.Caution)"
-    )
-    source, out = notebook(tmp_path / "source" / "n.ipynb", lines), tmp_path / "n.ipynb"
+    lines = ["import warnings", "from lddyn import Caution, display", "display.begin()"]
+    lines += ["warnings.warn('3 <rows>', Caution)"]
+    source = notebook(tmp_path / "source" / "n.ipynb", "\n".join(lines), parameters=SCALE)
+    out = tmp_path / "n.ipynb"
     monkeypatch.setattr(runner, "notebook_path", lambda name: source)
     assert book._execute("n", out, "smoke", "fingerprint") is None
     assert "Caution.</strong> 3 &lt;rows&gt;" in out.read_text()
