@@ -71,6 +71,18 @@ def test_the_lock_names_one_version_in_range_of_whatever_pyproject_names(python,
         assert version and version in requirement.specifier, f"make upgrade: {requirement}, the lock has {version}"
 
 
+def test_make_ci_and_the_workflows_install_from_the_lock():
+    make = (ROOT / "Makefile").read_text()
+    assert "--require-hashes --no-deps -r locks/requirements.txt" in make and "-c locks/constraints.txt" in make
+    workflows = {path.stem: path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    for text in ((ROOT / ".ci" / "run").read_text(), *workflows.values()):
+        assert "pip install" not in text and "make " in text
+    assert "LOCK=" not in (ROOT / ".ci" / "run").read_text() + workflows["book"]
+    assert workflows["book"].count("locks/*.txt") == 3  # what pip's cache and the runs are kept by
+    weekly = [line for line in workflows["newest"].splitlines() if " make " in line]
+    assert len(weekly) == 2 and all("LOCK=newest" in line for line in weekly)
+
+
 def floor_name(path):
     """`sft` for lddyn/sft.py, `evidence` for lddyn/evidence/sft.py."""
     return path.relative_to(ROOT / "lddyn").parts[0].removesuffix(".py")
