@@ -36,7 +36,7 @@ help:  ## show this help
 $(READY): pyproject.toml $(LOCKS)
 	$(FIND_PYTHON)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@echo "lddyn: installing into $(VENV) (2 to 10 minutes, once)"
+	@echo "lddyn: installing into $(VENV) (1 to 10 minutes, once)"
 	@{ $(INSTALL); } >$(LOG) 2>&1 || { cat $(LOG) >&2; echo "lddyn: the installation failed; pip's words are above and in $(LOG)" >&2; exit 1; }
 	@touch $@
 
