@@ -1,25 +1,50 @@
 # `make book` and `make test` need Python 3.11 to 3.14 and nothing else; both set themselves up.
 PYTHON ?= python3
 SCALE  ?= laptop
-VENV   := .venv
+# The versions in locks/, or with LOCK=newest the newest that pyproject.toml allows, in an environment of their own.
+LOCK   ?= locks
+VENV   := .venv$(if $(filter newest,$(LOCK)),-newest)
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
+LOG    := $(VENV)/install.log
+PIP    := $(PY) -m pip install --disable-pip-version-check --no-input
+PARTS  := -e '.[train,notebooks,book,gguf,test]'
+
+ifeq ($(LOCK),newest)
+INSTALL = $(PIP) --upgrade --upgrade-strategy eager $(PARTS)
+else ifeq ($(LOCK),locks)
+LOCKS   = locks/requirements.txt locks/constraints.txt
+# PyTorch comes second, pinned without a hash: a build that is already there is kept (see locks/renew.py).
+INSTALL = $(PIP) --require-hashes --no-deps -r locks/requirements.txt && \
+          $(PIP) -c locks/constraints.txt --no-build-isolation $(PARTS)
+else
+$(error lddyn: LOCK is 'locks' or 'newest', not '$(LOCK)')
+endif
+
+define FIND_PYTHON
+@command -v $(PYTHON) >/dev/null 2>&1 || { echo "lddyn: '$(PYTHON)' not found; install Python 3.11 to 3.14 or say make PYTHON=/path/to/python" >&2; exit 2; }
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' || { echo "lddyn: Python 3.11 to 3.14 is needed, '$(PYTHON)' is $$($(PYTHON) -V 2>&1); say make PYTHON=/path/to/python" >&2; exit 2; }
+endef
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test browser pdf run bench check format serve status claims clean distclean
+.PHONY: help env upgrade book test browser pdf run bench check format serve status claims clean distclean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
-	@echo "  SCALE=smoke|laptop|paper (now: $(SCALE))   PYTHON=$(PYTHON)"
+	@echo "  SCALE=smoke|laptop|paper (now: $(SCALE))   LOCK=locks|newest (now: $(LOCK))   PYTHON=$(PYTHON)"
 
-$(READY): pyproject.toml
-	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "lddyn: '$(PYTHON)' not found; install Python 3.11 to 3.14 or say make PYTHON=/path/to/python" >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' || { echo "lddyn: Python 3.11 to 3.14 is needed, '$(PYTHON)' is $$($(PYTHON) -V 2>&1); say make PYTHON=/path/to/python" >&2; exit 2; }
+$(READY): pyproject.toml $(LOCKS)
+	$(FIND_PYTHON)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[train,notebooks,book,test]'
+	@echo "lddyn: installing into $(VENV) (1 to 10 minutes, once)"
+	@{ $(INSTALL); } >$(LOG) 2>&1 || { cat $(LOG) >&2; echo "lddyn: the installation failed; pip's words are above and in $(LOG)" >&2; exit 1; }
 	@touch $@
 
-env: $(READY)  ## create .venv and install everything
+env: $(READY)  ## create .venv and install everything, in the versions of locks/
+
+upgrade:  ## renew locks/: the newest versions that pyproject.toml allows
+	$(FIND_PYTHON)
+	@$(PYTHON) locks/renew.py
 
 book: $(READY)  ## run every stale notebook at SCALE and build book/_build/html
 	$(PY) -m lddyn book --scale $(SCALE)
@@ -57,5 +82,5 @@ claims: $(READY)  ## print the verdict on every claim
 clean:  ## remove the built book and the executed notebooks (runs/ stays)
 	rm -rf book/_build book/generated book/notebooks
 
-distclean: clean  ## remove the runs and the environment too
-	rm -rf runs $(VENV)
+distclean: clean  ## remove the runs and the environments too
+	rm -rf runs $(VENV) .venv-newest

@@ -3,10 +3,14 @@
 import ast
 import json
 import re
+import runpy
 import tomllib
 
 import pytest
 import yaml
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from lddyn import records, runner
 
@@ -29,9 +33,54 @@ def test_environment_yml_gives_what_pyproject_names():
     plain = [d for d in environment["dependencies"] if isinstance(d, str)]
     assert plain == [f"python{project['requires-python']}", "pip"]
     (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
-    extras = re.fullmatch(r"-e \.\[(.*)\]", pip[0])[1].split(",")
-    assert len(pip) == 1 and set(extras) == set(project["optional-dependencies"]) - {"sweep"}
+    lock, parts = pip
+    extras = re.fullmatch(r"-e \.\[(.*)\]", parts)[1].split(",")
+    assert lock == "--constraint locks/constraints.txt"
+    assert set(extras) == set(project["optional-dependencies"]) - {"sweep"}
     assert f"'.[{','.join(extras)}]'" in (ROOT / "Makefile").read_text()
+
+
+def locked(name):
+    """The packages of locks/NAME as (name, version, marker)."""
+    return re.findall(r"^([\w.-]+)==([^\s;]+) ; (.*?)(?: \\)?$", (ROOT / "locks" / name).read_text(), re.M)
+
+
+def test_the_two_locks_differ_by_torch_and_cuda_only():
+    constraints, hashed = locked("constraints.txt"), locked("requirements.txt")
+    left_out = runpy.run_path(str(ROOT / "locks" / "renew.py"))["TORCH"].fullmatch
+    assert hashed == [package for package in constraints if not left_out(package[0])]
+    assert "torch" in {name for name, *_ in constraints} - {name for name, *_ in hashed}
+    blocks = re.split(r"^(?=\w)", (ROOT / "locks" / "requirements.txt").read_text(), flags=re.M)[1:]
+    assert len(blocks) == len(hashed) and all("--hash=sha256:" in block for block in blocks)
+    pins = [line for line in (ROOT / "locks" / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    assert len(pins) == len(constraints)
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_the_lock_names_one_version_in_range_of_whatever_pyproject_names(python, system):
+    parsed = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    parts = parsed["project"]["optional-dependencies"]
+    wanted = parsed["build-system"]["requires"] + parsed["project"]["dependencies"]
+    wanted += [text for part in parts.keys() - {"sweep"} for text in parts[part]]
+    here = {"python_version": python, "python_full_version": f"{python}.9", "sys_platform": system}
+    pins = [(name, version) for name, version, marker in locked("constraints.txt") if Marker(marker).evaluate(here)]
+    assert len({name for name, _ in pins}) == len(pins)
+    for requirement in map(Requirement, wanted):
+        version = dict(pins).get(canonicalize_name(requirement.name))
+        assert version and version in requirement.specifier, f"make upgrade: {requirement}, the lock has {version}"
+
+
+def test_make_ci_and_the_workflows_install_from_the_lock():
+    make = (ROOT / "Makefile").read_text()
+    assert "--require-hashes --no-deps -r locks/requirements.txt" in make and "-c locks/constraints.txt" in make
+    workflows = {path.stem: path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    for text in ((ROOT / ".ci" / "run").read_text(), *workflows.values()):
+        assert "pip install" not in text and "make " in text
+    assert "LOCK=" not in (ROOT / ".ci" / "run").read_text() + workflows["book"]
+    assert workflows["book"].count("locks/*.txt") == 3  # what pip's cache and the runs are kept by
+    weekly = [line for line in workflows["newest"].splitlines() if " make " in line]
+    assert len(weekly) == 2 and all("LOCK=newest" in line for line in weekly)
 
 
 def floor_name(path):
