@@ -62,7 +62,7 @@ run: $(READY)  ## run one notebook: make run NAME=01_mnist ARGS="-p seeds 2"
 	$(PY) -m lddyn run $(NAME) --scale $(SCALE) $(ARGS)
 
 bench: $(READY)  ## measure speed side by side, as ratios in one run
-	$(PY) -m lddyn bench
+	$(PY) -m benchmarks.bench
 
 check: $(READY)  ## lint and check the format
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

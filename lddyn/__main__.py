@@ -6,7 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-from lddyn import InputError, __version__, chat, claims, records
+from lddyn import InputError, __version__
+from lddyn.chapters import claims
+from lddyn.engine import models, store
+from lddyn.publish import build, notebooks, pages, pdf, status
+from lddyn.workshop import chat, estimate, launch, rephrase, report, sweep, tune
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--scale", help="smoke, laptop or paper")
     run.add_argument("--params", type=Path, help="YAML file of parameters")
     run.add_argument("--out", type=Path, help="where to write the executed notebook (default: into the book)")
-    run.add_argument("--timeout", type=_positive, help="seconds that one cell may take")
+    run.add_argument("--timeout", type=positive, help="seconds that one cell may take")
 
     show = commands.add_parser("parameters", help="list the parameters of a notebook, or of train")
     show.add_argument("name", help="notebook, or train")
@@ -36,13 +40,13 @@ def parser() -> argparse.ArgumentParser:
     need.add_argument("settings", nargs="*", help="as for train")
     _set_option(need)
     need.add_argument("--memory", type=float, help="GiB to fit into (default: what is free here)")
-    need.add_argument("--processes", type=_positive, default=1, help="that train together")
+    need.add_argument("--processes", type=positive, default=1, help="that train together")
     need.add_argument("--sharded", action="store_true", help="over the processes, by FSDP2")
 
     sweep = commands.add_parser("sweep", help="train once for each combination of a file, and tabulate")
     sweep.add_argument("file", type=Path, help="YAML file, such as book/sweeps/learning_rate.yml")
     sweep.add_argument("--engine", default="processes", help="processes, dask or submitit")
-    sweep.add_argument("--workers", type=_positive, help="how many at once (default: one for each core)")
+    sweep.add_argument("--workers", type=positive, help="how many at once (default: one for each core)")
     sweep.add_argument("--address", help="of a running dask scheduler; or the submitit cluster, such as slurm")
     sweep.add_argument("--out", type=Path, help="JSON file of the table (default: beside the sweep's file)")
 
@@ -55,10 +59,10 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("data", help="JSON Lines file with prompt, chosen and rejected, or a hub id")
     words.add_argument("out", type=Path, help="JSON Lines file to write")
     words.add_argument("--chat", required=True, help="local:FOLDER, local:HUB-ID or endpoint (see LDDYN_API_URL)")
-    words.add_argument("--limit", type=_positive, help="rows of each split")
-    words.add_argument("--budget", type=_positive, help="requests that an endpoint may be sent")
-    words.add_argument("--workers", type=_positive, default=1, help="requests at once")
-    words.add_argument("--max-tokens", type=_positive, default=256, help="tokens of an answer")
+    words.add_argument("--limit", type=positive, help="rows of each split")
+    words.add_argument("--budget", type=positive, help="requests that an endpoint may be sent")
+    words.add_argument("--workers", type=positive, default=1, help="requests at once")
+    words.add_argument("--max-tokens", type=positive, default=256, help="tokens of an answer")
     words.add_argument("--device", default="cpu", help="of a local model: cpu or cuda")
 
     book = commands.add_parser("book", help="execute every stale notebook and build the book")
@@ -66,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     book.add_argument("--force", action="store_true", help="execute fresh notebooks too")
 
     pdf = commands.add_parser("pdf", help="print the built book to one PDF (needs Chromium)")
-    pdf.add_argument("--out", type=Path, default=records.ROOT / "book" / "_build" / "companion.pdf")
+    pdf.add_argument("--out", type=Path, default=store.ROOT / "book" / "_build" / "companion.pdf")
 
     status = commands.add_parser("status", help="list runs: fresh, stale (which input changed), unfinished")
     status.add_argument("--json", action="store_true")
@@ -77,16 +81,10 @@ def parser() -> argparse.ArgumentParser:
     again = commands.add_parser("pretrain", help="make the built-in models again and say whether they are equal")
     again.add_argument("sizes", nargs="*", help="tiny, small, world (default: all)")
     again.add_argument("--ship", action="store_true", help="put them in the place of those of the package")
-
-    bench = commands.add_parser("bench", help="measure the probing engine beside two other ways, in one run")
-    bench.add_argument("--repeats", type=_positive, default=3)
-    bench.add_argument("--device", default="cpu", help="cpu or cuda")
-    bench.add_argument("--threads", type=_positive, default=1)
-    bench.add_argument("--out", type=Path, help="JSON file (default: runs/bench.json)")
     return top
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"takes a whole number from 1, not {text!r}")
     return int(text)
@@ -102,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         return COMMANDS[arguments.command](arguments)
-    except (InputError, records.RecordError, chat.ChatError) as error:
+    except (InputError, store.RecordError, chat.ChatError) as error:
         if os.environ.get("RANK", "0") == "0":  # all processes of a training fail alike
             print(f"lddyn: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
@@ -112,22 +110,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(a) -> int:
-    from lddyn import runner
 
-    return runner.run(a.name, [tuple(w) for w in a.words], a.scale, a.params, a.out, a.timeout)
+    return notebooks.run(a.name, [tuple(w) for w in a.words], a.scale, a.params, a.out, a.timeout)
 
 
 def _parameters(a) -> int:
-    from lddyn import launch, runner
 
-    known = launch.PARAMETERS if a.name == "train" else runner.parameters(runner.notebook_path(a.name))
+    known = launch.PARAMETERS if a.name == "train" else notebooks.parameters(notebooks.notebook_path(a.name))
     for p in known.values():
         print(f"{p.name} = {p.default!r}: {p.describe()}. {p.help}")
     return 0
 
 
 def _train(a) -> int:
-    from lddyn import launch
 
     run = launch.train(a.settings, dict(a.words), a.force)
     if run:
@@ -136,7 +131,6 @@ def _train(a) -> int:
 
 
 def _estimate(a) -> int:
-    from lddyn import estimate, launch, tune
 
     chosen = launch.settings(a.settings, dict(a.words))
     tune.share_of_batch(chosen["batch_size"], chosen["accumulation"], a.processes)
@@ -146,21 +140,18 @@ def _estimate(a) -> int:
 
 
 def _sweep(a) -> int:
-    from lddyn import sweep
 
     print(sweep.sweep(a.file, a.engine, a.workers, a.address, a.out))
     return 0
 
 
 def _report(a) -> int:
-    from lddyn import report
 
     print(report.write(a.folders, a.method, a.out))
     return 0
 
 
 def _rephrase(a) -> int:
-    from lddyn import rephrase
 
     ask = chat.connect(a.chat, a.max_tokens, a.device, a.budget)
     print(rephrase.summary(rephrase.rephrase(a.data, a.out, ask, a.limit, a.workers)))
@@ -168,33 +159,30 @@ def _rephrase(a) -> int:
 
 
 def _book(a) -> int:
-    from lddyn import book
 
-    return book.build(a.scale, a.force)
+    return build.build(a.scale, a.force)
 
 
 def _pdf(a) -> int:
-    from lddyn import pdf
 
     print(pdf.write(a.out))
     return 0
 
 
 def _status(a) -> int:
-    entries = records.status()
+    entries = status.status()
     if a.json:
         print(json.dumps(entries, indent=1))
     else:
         for e in entries:
             print(f"{e['state']:<10} {e['run']:<44} {e.get('seconds') or '-':>8} s  {e['why']}")
-        print(f"{len(entries)} runs in {records.runs_root()}")
+        print(f"{len(entries)} runs in {store.runs_root()}")
     return 0
 
 
 def _claims(a) -> int:
-    from lddyn import book
 
-    entries = claims.verdicts(book.published())
+    entries = claims.verdicts(pages.published())
     if a.json:
         print(json.dumps(entries, indent=1))
     else:
@@ -204,7 +192,7 @@ def _claims(a) -> int:
 
 
 def _pretrain(a) -> int:
-    from lddyn import models, unknown
+    from lddyn import unknown
 
     for size in a.sizes:
         if size not in models.SIZES:
@@ -215,13 +203,6 @@ def _pretrain(a) -> int:
         print(line, flush=True)
         equal &= same
     return 0 if equal else 1
-
-
-def _bench(a) -> int:
-    from lddyn import bench
-
-    print(bench.report(bench.bench(a.repeats, a.device, a.threads, a.out)))
-    return 0
 
 
 COMMANDS = {
@@ -237,7 +218,6 @@ COMMANDS = {
     "status": _status,
     "claims": _claims,
     "pretrain": _pretrain,
-    "bench": _bench,
 }
 
 if __name__ == "__main__":

@@ -7,8 +7,13 @@ import subprocess
 
 import pytest
 
-from lddyn import InputError, claims, digits, dpo, models, preferences, probes, records, runner, sft
+from lddyn import InputError
 from lddyn.__main__ import main
+from lddyn.chapters import claims
+from lddyn.chapters.dpo import run as dpo
+from lddyn.data import images, preferences
+from lddyn.engine import cache, models, probes, recipe, store
+from lddyn.publish import notebooks
 
 ROW = {"prompt": "How?", "chosen": " So.", "rejected": " Not so."}
 
@@ -45,13 +50,13 @@ COMMANDS = {
     "a parameter file with a list": (["run", "03_sft", "--params", "{tmp}/list.yml"], "must map parameter names"),
     "a place that cannot be written": (["run", "03_sft", "--out", "/dev/null/x.ipynb"], "cannot write the notebook"),
     "a folder as output": (["run", "03_sft", "--out", "{tmp}"], "it is a folder"),
-    "no repeats": (["bench", "--repeats", "0"], "--repeats: takes a whole number from 1"),
+    "no tokens": (["rephrase", "x", "y", "--max-tokens", "0"], "--max-tokens: takes a whole number from 1"),
 }
 
 
 @pytest.mark.parametrize("case", COMMANDS)
 def test_a_bad_command_line_starts_nothing(case, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runner, "execute", lambda *a: pytest.fail("something was started"))
+    monkeypatch.setattr(notebooks, "execute", lambda *a: pytest.fail("something was started"))
     (tmp_path / "text.ipynb").write_text("hello")
     (tmp_path / "broken.yml").write_text("lr: [1,\n")
     (tmp_path / "list.yml").write_text("- lr\n")
@@ -72,7 +77,7 @@ CALLS = {
     "a device that is none": (lambda t, m: models.load(str(m("gpt_neox")), device="gpu"), "unknown device 'gpu'"),
     "a precision that is none": (lambda t, m: models.load(str(m("gpt_neox")), dtype="fp8"), "unknown dtype 'fp8'"),
     "a size that is none": (lambda t, m: models.builtin("smal"), "did you mean 'small'?"),
-    "a scale that is none": (lambda t, m: sft.settings("smok"), "did you mean 'smoke'?"),
+    "a scale that is none": (lambda t, m: recipe.settings("smok"), "did you mean 'smoke'?"),
     "data that are not there": (lambda t, m: preferences.load(str(t / "no.jsonl"), "train"), "no.jsonl"),
     "a missing field": (
         lambda t, m: preferences.load(rows(t / "d.jsonl", {}, {"chosen": None}), "train"), "line 2: no field 'chosen'",
@@ -93,7 +98,7 @@ CALLS = {
         lambda t, m: probes.ProbeSet.from_jsonl((t / "p.jsonl").write_text("{") and t / "p.jsonl"), "not JSON",
     ),
     "images in a broken archive": (
-        lambda t, m: digits.read_idx((t / "i.gz").write_bytes(b"\x1f\x8b") and t / "i.gz"), "not a complete gzip file",
+        lambda t, m: images.read_idx((t / "i.gz").write_bytes(b"\x1f\x8b") and t / "i.gz"), "not a complete gzip file",
     ),
 }  # fmt: skip
 
@@ -106,9 +111,14 @@ def test_a_bad_model_or_data_set_is_named(case, tmp_path, model_folder):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
+PART = "chapter: 03_sft\n  parts: [{{statistic: {}, holds: {}, says: x}}]"
 LEDGERS = {
-    "a statistic that is not there": ("parts: [{statistic: no_such, holds: '> 0', says: x}]", "no statistic 'no_such'"),
-    "a rule that cannot be read": ("parts: [{statistic: bell_rise, holds: above 0, says: x}]", "rule 'above 0' is not"),
+    "a statistic that is not there": (PART.format("no_such", "'> 0'"), "chapter 03_sft has no statistic 'no_such'"),
+    "a rule that cannot be read": (PART.format("bell_rise", "above 0"), "rule 'above 0' is not"),
+    "a chapter that is not there": (
+        PART.replace("03", "33").format("a", "b").replace("sft", "no"),
+        "no chapter '33_no'",
+    ),
     "a number out of order": ("id: 7", "claim 7: needs id (in order)"),
 }
 
@@ -128,21 +138,21 @@ def test_a_broken_ledger_names_the_claim(case, tmp_path, monkeypatch, capsys):
 
 def test_runs_that_cannot_be_written_stop_before_anything_is_computed(monkeypatch):
     monkeypatch.setenv("LDDYN_RUNS", "/dev/null/runs")
-    with pytest.raises(records.RecordError, match="cannot write in /dev/null/runs"):
-        records.run(lambda work: pytest.fail("computed"), {})
+    with pytest.raises(store.RecordError, match="cannot write in /dev/null/runs"):
+        cache.run(lambda work: pytest.fail("computed"), {})
 
 
 def test_a_damaged_record_is_not_plotted(tmp_path):
     (tmp_path / "manifest.json").write_text('{"finished": "now", "table_sha256": "0"}')
     (tmp_path / "table.parquet").write_bytes(b"PAR1")
-    with pytest.raises(records.RecordError, match="damaged"):
-        records.load(tmp_path)
+    with pytest.raises(store.RecordError, match="damaged"):
+        store.load(tmp_path)
 
 
 def test_a_python_that_is_not_there_is_one_line():
     done = subprocess.run(
         ["make", "env", "PYTHON=python0", "VENV=.no-such-environment"],
-        cwd=records.ROOT, capture_output=True, text=True, env=os.environ | {"MAKEFLAGS": ""},
+        cwd=store.ROOT, capture_output=True, text=True, env=os.environ | {"MAKEFLAGS": ""},
     )  # fmt: skip
     assert done.returncode == 2 and re.search(r"lddyn: 'python0' not found; install Python 3.11", done.stderr)
 

@@ -12,16 +12,11 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lddyn import records, runner
+from lddyn.engine import reach, store
+from lddyn.publish import notebooks, pages
 
-ROOT = records.ROOT
-FLOORS = [
-    {"records", "logprobs", "residuals", "influence", "first_order", "kernels", "squeezing", "reuse"},
-    {"probes", "models", "preferences", "prose", "digits", "world", "chat", "estimate"},
-    {"training", "sft", "dpo", "decomposition", "variants", "extend", "tune", "rephrase", "judging"},
-    {"claims", "kept", "evidence", "figures", "display"},
-    {"runner", "book", "pdf", "bench", "launch", "sweep", "report", "__main__"},
-]
+ROOT = store.ROOT
+ROOMS = ["theory", "data", "engine", "chapters", "workshop", "publish", "__main__"]  # theory and data: one floor
 MODULES = sorted((ROOT / "lddyn").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -83,27 +78,44 @@ def test_make_ci_and_the_workflows_install_from_the_lock():
     assert len(weekly) == 2 and all("LOCK=newest" in line for line in weekly)
 
 
-def floor_name(path):
-    """`sft` for lddyn/sft.py, `evidence` for lddyn/evidence/sft.py."""
-    return path.relative_to(ROOT / "lddyn").parts[0].removesuffix(".py")
+def room_of(module: str) -> str:
+    """`engine` for lddyn.engine.models."""
+    return module.split(".")[1]
+
+
+def modules_imported(path) -> set[str]:
+    """Modules of this package that a file imports, at the top or inside a function."""
+    names = set(reach.imported(ast.parse(path.read_text())).values())
+    modules = {name if reach.parsed(name) else name.rpartition(".")[0] for name in names if name.startswith("lddyn.")}
+    return modules - {"lddyn"}
+
+
+def module_of(path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT / "lddyn").with_suffix("")))
 def test_imports_only_go_down(path):
-    floor = {name: n for n, names in enumerate(FLOORS) for name in names}
-    imported = {
-        name.split(".")[1] for name in records.imports(ast.parse(path.read_text())) if name.startswith("lddyn.")
-    }
-    imported &= {floor_name(p) for p in MODULES}
-    if path.parent.name != "lddyn" or path.stem != "__init__":
-        assert floor_name(path) in floor, f"{path.name} has no floor"
-        above = [name for name in imported if floor[name] > floor[floor_name(path)]]
-        assert not above, f"{path.name} imports {above} from a higher floor"
+    if path.parent.name == "lddyn" and path.stem == "__init__":
+        assert not modules_imported(path)
+        return
+    floor = {room: max(1, n) for n, room in enumerate(ROOMS)}
+    here = room_of(module_of(path))
+    above = [m for m in modules_imported(path) if floor[room_of(m)] > floor[here]]
+    assert not above, f"{path.name} imports {above} from a higher floor"
+    if here in ("theory", "data"):
+        assert not [m for m in modules_imported(path) if room_of(m) not in ("theory", "data")]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lddyn/chapters").glob("*/run.py")), ids=lambda p: p.parent.name)
+def test_no_run_of_a_chapter_imports_another_chapter(path):
+    of_chapters = [m.split(".")[2:] for m in modules_imported(path) if room_of(m) == "chapters"]
+    assert not [names for names in of_chapters if len(names) > 1 and names[0] != path.parent.name]
 
 
 def test_only_one_module_imports_trl():
     users = [p.stem for p in MODULES if re.search(r"^\s*(from|import) trl", p.read_text(), re.M)]
-    assert users in ([], ["training"])
+    assert users == ["training"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -116,7 +128,7 @@ def test_notebooks_carry_no_outputs_and_stable_ids(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_parameter_has_a_type_a_comment_and_an_allowed_default(path):
-    found = runner.parameters(path)
+    found = notebooks.parameters(path)
     assert found["scale"].allowed == "{smoke, laptop, paper}"
     for p in found.values():
         assert p.help, f"{p.name} has no comment"
@@ -133,9 +145,8 @@ def test_every_figure_has_alt_text(path):
 
 
 def test_every_notebook_is_in_the_table_of_contents():
-    from lddyn import book
 
-    assert sorted(book.chapters()) == [p.stem for p in NOTEBOOKS]
+    assert sorted(pages.chapters()) == [p.stem for p in NOTEBOOKS]
 
 
 def test_book_configuration_has_each_key_once():

@@ -9,9 +9,9 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from lddyn import report
-from lddyn.probes import ProbeSet
-from lddyn.training import ProbeCallback
+from lddyn.engine.probes import ProbeSet
+from lddyn.engine.training import ProbeCallback
+from lddyn.workshop import report
 
 name, pairs, out = sys.argv[1:4]
 model, reference = (AutoModelForCausalLM.from_pretrained(name, dtype="float32") for _ in range(2))

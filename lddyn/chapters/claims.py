@@ -1,0 +1,173 @@
+"""Verdicts on the paper's claims, computed from records over seeds by rules written down in `book/claims.yml`."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+
+import numpy as np
+import pandas as pd
+import yaml
+from scipy.stats import t
+
+from lddyn import InputError
+from lddyn.chapters import statistics
+from lddyn.engine import kept
+from lddyn.engine.store import ROOT, Run, frame
+
+LEDGER = ROOT / "book" / "claims.yml"
+VERDICTS = ("replicated", "partly", "not replicated", "not attempted")
+
+
+@cache
+def ledger() -> list[dict]:
+    """The claims of `book/claims.yml`; raises `InputError` naming the claim when one is not as the ledger requires."""
+    entries = yaml.safe_load(LEDGER.read_text())
+    for n, entry in enumerate(entries, 1):
+        where = f"{LEDGER.name}, claim {entry.get('id', f'number {n}')}"
+        missing = [k for k in ("id", "claim", "source", "paper") if k not in entry]
+        if missing or entry["id"] != n:
+            raise InputError(f"{where}: needs id (in order), claim, source, paper; missing {missing or 'order'}")
+        for part in parts(entry):
+            try:
+                statistic(part["chapter"], part["statistic"])
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
+            _rule(part["holds"], where)
+    return entries
+
+
+def room(chapter: str) -> str:
+    """The folder of a chapter in `lddyn.chapters`, from the name of its notebook: `sft` of 03_sft."""
+    return {"01_mnist": "digits"}.get(chapter, chapter[3:])
+
+
+def statistic(chapter: str, name: str) -> Callable[..., float]:
+    """A statistic by name, from the chapter's evidence or from what chapters share; `InputError` if there is none."""
+    try:
+        own = import_module(f"lddyn.chapters.{room(chapter)}.evidence")
+    except ModuleNotFoundError:
+        raise InputError(f"there is no chapter {chapter!r}") from None
+    found = getattr(own, name, None) or getattr(statistics, name, None)
+    if not callable(found):
+        raise InputError(f"chapter {chapter} has no statistic {name!r}")
+    return found
+
+
+def parts(claim: Mapping) -> list[dict]:
+    """The parts of a claim, each with the chapter that measures it: its own, or the claim's."""
+    return [{"chapter": claim.get("chapter")} | part for part in claim.get("parts", [])]
+
+
+def of_chapter(chapter: str) -> list[dict]:
+    """The claims that a chapter measures, alone or with others."""
+    return [claim for claim in ledger() if chapter in {part["chapter"] for part in parts(claim)}]
+
+
+def _rule(text: str, where: str) -> tuple[float, float]:
+    """`> x`, `< x` or `in [x, y]` as an interval that the statistic must lie in."""
+    number = r"([-+.\deE]+)"
+    if match := re.fullmatch(rf"([<>]) {number}", text):
+        bound = float(match[2])
+        return (bound, math.inf) if match[1] == ">" else (-math.inf, bound)
+    if match := re.fullmatch(rf"in \[{number}, {number}\]", text):
+        return float(match[1]), float(match[2])
+    raise InputError(f"{where}: rule {text!r} is not '> x', '< x' or 'in [x, y]'")
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95% t-interval of the mean over seeds; infinitely wide for one seed."""
+    if len(values) < 2:
+        return -math.inf, math.inf
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def by_seed(runs: Sequence[Run]) -> list[pd.DataFrame]:
+    """The runs' tables, joined for each seed."""
+    return [table for _, table in frame(runs).groupby("seed")]
+
+
+def of_sweep(name: str) -> list[pd.DataFrame]:
+    """The rows of the recorded sweep `book/sweeps/NAME.json`, a table for each seed; none where it is not recorded."""
+    try:
+        table, _ = kept.read(f"sweeps/{name}")
+    except InputError:
+        return []
+    return [rows for _, rows in table.groupby("seed")]
+
+
+def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
+    """One part of a claim over seeds: `says, holds, ours, interval, outcome` (holds, fails or undecided), `seeds`.
+
+    The outcome is decided by the whole interval; for an `exact` part (an identity), by every single seed. Where no run
+    measures it, `ours` is None and the outcome undecided.
+    """
+    measure, given = statistic(part["chapter"], part["statistic"]), part.get("arguments", {})
+    values = np.array([measure(table, **given) for table in tables])
+    values = values[~np.isnan(values)]  # without the seeds whose runs do not measure it
+    low, high = _rule(part["holds"], part["statistic"])
+    if not len(values):
+        ours, (a, b), outcome = None, (-math.inf, math.inf), "undecided"
+    elif part.get("exact"):
+        ours, (a, b) = float(values.max()), (float(values.min()), float(values.max()))
+        outcome = "holds" if low <= a and b <= high else "fails"
+    else:
+        ours, (a, b) = float(values.mean()), interval(values)
+        outcome = "holds" if low <= a and b <= high else "fails" if b < low or a > high else "undecided"
+    return {
+        "says": part["says"],
+        "holds": part["holds"],
+        "ours": ours,
+        "interval": [a, b] if math.isfinite(a) else None,
+        "outcome": outcome,
+        "seeds": len(values),
+    }
+
+
+def verdicts(published: Mapping[str, dict]) -> list[dict]:
+    """A verdict for each claim. `published` maps a chapter to `{"scale": ..., "runs": [Run, ...]}`.
+
+    Replicated: every part holds. Not replicated: none does. Partly: some do. A part is measured in its own `chapter`,
+    or in the claim's; parts whose chapter has no record are left out, and the reason names the chapter. A claim with a
+    `sweep` is measured in that recorded table instead.
+    """
+    tables = cache(lambda chapter: by_seed(published[chapter]["runs"]))
+    return [_verdict_of_sweep(entry) if "sweep" in entry else _verdict(entry, published, tables) for entry in ledger()]
+
+
+def _verdict_of_sweep(entry: Mapping) -> dict:
+    tables = of_sweep(entry["sweep"])
+    found = {entry["chapter"]: {"scale": "recorded"}} if tables else {}
+    return _verdict(entry, found, lambda _: tables)
+
+
+def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
+    wanted = parts(entry)
+    missing = sorted({part["chapter"] for part in wanted} - published.keys())
+    judged = [
+        judge(part, tables(part["chapter"])) | {"chapter": part["chapter"]}
+        for part in wanted
+        if part["chapter"] in published
+    ]
+    held = sum(part["outcome"] == "holds" for part in judged)
+    verdict = VERDICTS[3] if not judged else VERDICTS[0] if held == len(judged) else VERDICTS[1 if held else 2]
+    commands = [f"sweep book/sweeps/{entry['sweep']}.yml" if "sweep" in entry else f"run {name}" for name in missing]
+    reasons = [sentence(part) for part in judged] + [f"no record: python -m lddyn {words}" for words in commands]
+    return {
+        **{k: entry.get(k) for k in ("id", "claim", "source", "paper", "authors", "chapter", "see", "why")},
+        "ours": judged[0]["ours"] if judged else None,
+        "interval": judged[0]["interval"] if judged else None,
+        "seeds": judged[0]["seeds"] if judged else 0,
+        "scale": published[judged[0]["chapter"]]["scale"] if judged else None,
+        "verdict": verdict,
+        "parts": judged,
+        "reason": "; ".join(reasons) or "no experiment of this companion tests it yet",
+    }
+
+
+def sentence(part: Mapping) -> str:
+    spread = "one seed" if part["interval"] is None else "[{:.3g}, {:.3g}]".format(*part["interval"])
+    found = "not measured" if part["ours"] is None else f"{part['ours']:.3g} {spread}"
+    return f"{part['says']}: {found}, rule {part['holds']}: {part['outcome']}"

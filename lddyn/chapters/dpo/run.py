@@ -1,0 +1,252 @@
+"""Chapter 5: DPO, measured on all kinds of response, and where the probability goes (sections 3.2, 4.2)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lddyn import InputError, unknown
+from lddyn.data import preferences, reuse
+from lddyn.engine import models, probes, recipe, store
+from lddyn.engine.training import ProbeCallback, dpo_rows, log_rows, train
+
+PAIRS = {"as_written": "rejected", "style": "rejected_format", "swapped": "rejected", "rephrase": "chosen_semantic"}
+LIKELY = 0.05  # probability from which on a pushed token does not lie in the valley
+# what a run measures: everything, or only what tells how y* moves along trained and untrained paths
+MEASURE = {"all": probes.RESPONSE_TYPES, "paths": ("chosen", "rejected", "chosen_semantic", "other_test")}
+SCALES = {
+    "smoke": {
+        "n_train": 32, "n_probe": 8, "n_probe_test": 4, "sft_short": 1, "sft_epochs": 2, "sft_long": 4,
+        "epochs": 2.0, "evaluations": 5, "batch_size": 4, "lr": 1e-3, "beta": 0.1,
+        "few": 8, "few_lr": 4e-3, "few_evaluations": 2, "generate": 2, "account": 2,
+    },
+    "laptop": {
+        "n_train": 528, "n_probe": 24, "n_probe_test": 12, "sft_short": 2, "sft_epochs": 4, "sft_long": 8,
+        "epochs": 1.5, "evaluations": 21, "batch_size": 4, "lr": 1.5e-4, "beta": 0.1,
+        "few": 64, "few_lr": 1.6e-3, "few_evaluations": 2, "generate": 12, "account": 12,
+    },
+    "paper": {
+        "n_train": 5000, "n_probe": 500, "n_probe_test": 500, "sft_short": 2, "sft_epochs": 4, "sft_long": 8,
+        "epochs": 4.0, "evaluations": 200, "batch_size": 4, "lr": 5e-7, "beta": 0.1,
+        "few": 5000, "few_lr": 1e-6, "few_evaluations": 20, "generate": 100, "account": 100,
+    },
+}  # fmt: skip
+
+
+def settings(scale: str, **overrides) -> dict:
+    """What a scale stands for in this chapter, with the values that are not None put in its place.
+
+    `sft_*` belong to the SFT before: its learning rate and batch, as in chapter 3, and its lengths in epochs. `few` is
+    the number of pairs in the short runs, one epoch each, at the learning rate `few_lr`. Raises `InputError` for an
+    unknown scale.
+    """
+    return (
+        recipe.after_sft(scale)
+        | SCALES[scale]
+        | {name: value for name, value in overrides.items() if value is not None}
+    )
+
+
+def grid(chosen: dict, stage: store.Run, loss: str, device: str, dtype: str) -> list[dict]:
+    """The DPO runs of this chapter from one SFT run: the baseline that measures everything, and the short ones.
+
+    The short ones train on `few` pairs once, after the shortest SFT. They vary the length of the SFT; learning rate and
+    beta; and, for the question when y* rises, kind of pairs x length of SFT and kind of pairs x learning rate.
+    """
+    names = ("data", "n_train", "n_probe", "n_probe_test", "epochs", "evaluations", "batch_size", "lr", "beta")
+    names += ("optimizer", "warmup", "max_prompt", "max_response", "sft_epochs", "generate", "account")
+    common = {name: chosen[name] for name in names}
+    common |= {"loss": loss, "clip": 10.0, "device": device, "dtype": dtype, "pairs": "as_written", "measure": "all"}
+    short = {"measure": "paths", "n_train": min(chosen["few"], chosen["n_train"]), "epochs": 1}
+    short |= {"evaluations": chosen["few_evaluations"], "generate": 0, "account": 0}
+    short |= {"lr": chosen["few_lr"], "sft_epochs": chosen["sft_short"]}
+    slow, longer = chosen["few_lr"] / 4, chosen["sft_long"]
+    (first,) = preferences.load(chosen["data"], "train", limit=1)
+    kinds = [kind for kind, source in PAIRS.items() if source in first]
+    cells = [{"pairs": kind} | cell for kind in kinds for cell in ({}, {"sft_epochs": longer}, {"lr": slow})]
+    cells += [{"sft_epochs": 0}, {"beta": chosen["beta"] * 5}, {"beta": chosen["beta"] * 5, "lr": slow}]
+    seed = stage.manifest["parameters"]["seed"]
+    whole = common | {"seed": seed, "model": recipe.base_model(chosen), "stage": str(stage.folder)}
+    return [whole, *(whole | short | cell for cell in cells)]
+
+
+# --- pairs -------------------------------------------------------------------------------------------------
+
+
+def paired(examples: Sequence[dict], pairs: str) -> list[dict]:
+    """The examples with `chosen` and `rejected` as they are trained on.
+
+    as_written: as the data has them; style: against an off-topic text in the form of the rejected answer, which a bag
+    of words tells apart; swapped: the roles of every second pair exchanged; rephrase: the chosen answer against its own
+    rephrase that keeps the meaning. Raises `InputError` for another name, or when the data lacks what it needs.
+    """
+    if pairs not in PAIRS:
+        raise unknown("pairs", pairs, PAIRS)
+    if PAIRS[pairs] not in examples[0]:
+        raise InputError(f"pairs={pairs!r} needs the response type {PAIRS[pairs]!r}, which the data lacks")
+    result = [e | {"rejected": e[PAIRS[pairs]]} for e in examples]
+    if pairs == "swapped":
+        result[1::2] = [
+            e | {_other_role(name): e[name] for name in e if name[:6] in ("chosen", "reject")} for e in result[1::2]
+        ]
+    return result
+
+
+def _other_role(name: str) -> str:
+    return name.replace("chosen", "rejected") if name.startswith("chosen") else name.replace("rejected", "chosen")
+
+
+def write_pairs(path: Path, data: str, pairs: str, n_train: int) -> str:
+    """Write training and test examples with these pairs to a JSON Lines file that `preferences.load` reads."""
+    splits = {"train": preferences.load(data, "train", limit=n_train), "test": preferences.load(data, "test")}
+    rows = pd.DataFrame([e | {"split": split} for split, part in splits.items() for e in paired(part, pairs)])
+    store.write_atomically(path, lambda p: rows.to_json(p, orient="records", lines=True))
+    return str(path)
+
+
+# --- where the probability goes ----------------------------------------------------------------------------
+
+
+class Mass(NamedTuple):
+    """Changes of probability at each token, (tokens,) each; the four of them sum to zero."""
+
+    pushed: Tensor  # of the token itself
+    top: Tensor  # of y*, the likeliest other token before
+    top10: Tensor  # of the nine that follow it
+    tail: Tensor  # of all the rest
+
+
+def mass(before: Tensor, after: Tensor, tokens: Tensor) -> Mass:
+    """Where the probability of pushed tokens goes (section 3.3). before, after: log pi (tokens, V).
+
+    tokens: (tokens,) ids of the pushed tokens. Where a pushed token is itself the likeliest, y* is the next one.
+    """
+    p, change = before.exp(), after.exp() - before.exp()  # (tokens, V)
+    pushed = change.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    others = p.scatter(-1, tokens.unsqueeze(-1), -1.0)
+    best = change.gather(-1, others.topk(10).indices)  # (tokens, 10)
+    top, top10 = best[:, 0], best[:, 1:].sum(-1)
+    return Mass(pushed, top, top10, -(pushed + top + top10))
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    """Place of the first token in which two responses differ; up to and including it both have the same context."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@torch.no_grad()
+def log_probs(model, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    """log pi of every token of the vocabulary at each place of a response, (tokens, V), in nats."""
+    ids = torch.tensor([[*prompt, *response]], device=model.device)
+    return model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+
+
+def mass_rows(before, after, encoded: probes.Encoded, count: int, step: int, batch_size: int) -> pd.DataFrame:
+    """Mean account of the rejected answers to `count` prompts of each split, between two models; rows of a long table.
+
+    Types: `rejected_first`, the first token that differs from the chosen answer, where both have one context and their
+    forces cancel on all third tokens; of the tokens after it, `rejected_likely`, with at least `LIKELY` before, and
+    `rejected_unlikely`, in the valley.
+    """
+    rows = []
+    of_split = {split: [i for i in encoded.prompt_ids if i.startswith(split)] for split in ("train/", "test/")}
+    for name in (name for names in of_split.values() for name in names[:count]):
+        number = encoded.prompt_ids.index(name)
+        chosen, rejected = (encoded.responses[role][number] for role in ("chosen", "rejected"))
+        was, now = (log_probs(model, encoded.prompts[number], rejected) for model in (before, after))
+        pushed = torch.tensor(rejected, device=was.device)
+        account, likely = mass(was, now, pushed), was.gather(-1, pushed.unsqueeze(-1)).squeeze(-1).exp() >= LIKELY
+        place = torch.arange(len(rejected), device=was.device) - first_difference(chosen, rejected)
+        parts = {"first": place == 0, "likely": (place > 0) & likely, "unlikely": (place > 0) & ~likely}
+        for kind, part in parts.items():
+            for group, change in account._asdict().items():
+                if part.any():
+                    value = change[part].mean().item()
+                    rows.append((step, step * batch_size, name, f"rejected_{kind}", f"mass_{group}", value))
+    return store.long(rows)
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Share of the runs of `n` words that occurred before in the same text (rep-n), 0 to 1; 0 for a short text."""
+    words = reuse.words(text)
+    runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def align(
+    work: Path,
+    *,
+    seed: int,
+    model: str,
+    stage: str,
+    sft_epochs: int,
+    data: str,
+    pairs: str,
+    measure: str,
+    n_train: int,
+    n_probe: int,
+    n_probe_test: int,
+    epochs: float,
+    evaluations: int,
+    batch_size: int,
+    lr: float,
+    beta: float,
+    loss: str,
+    optimizer: str,
+    warmup: int,
+    clip: float,
+    max_prompt: int,
+    max_response: int,
+    generate: int,
+    account: int,
+    device: str,
+    dtype: str,
+):
+    """DPO from an SFT model, with all kinds of response measured along the way (section 4.2); returns a long table.
+
+    Starts from `sft_epochs` of the SFT run in the folder `stage` (`stages`), or from `model` itself when that is 0;
+    where it starts is also the reference. `chosen` and `rejected` are the pair that is trained on (`paired`). `measure`
+    is "all" or "paths". With `generate`, so many prompts of each split are answered greedily before and after,
+    and repetition is measured (`rep4`); with `account`, where the probability of so many rejected answers goes
+    (`mass_rows`), and the finished weights stay in `model/`. An interrupted run continues from its last checkpoint.
+    """
+    if measure not in MEASURE:
+        raise unknown("measure", measure, MEASURE)
+    lengths = {"max_prompt": max_prompt, "max_response": max_response}
+    data = write_pairs(work / "pairs.jsonl", data, pairs, n_train) if pairs != "as_written" else data
+    start = str(Path(stage) / f"model-{sft_epochs}") if sft_epochs else model
+    lm, tokenizer = models.read(start, device=device, dtype=dtype)
+    examples, test_set = preferences.load(data, "train", limit=n_train), preferences.load(data, "test")
+    kinds = MEASURE[measure]
+    initial = models.read(model, device=device, dtype=dtype)[0] if "chosen_initial" in kinds else None
+    probed = recipe.probe_set(initial, tokenizer, examples, test_set, n_probe, n_probe_test, seed, lengths, kinds)
+    rows = dpo_rows(tokenizer, *([e[field] for e in examples] for field in ("prompt", "chosen", "rejected")), **lengths)
+    steps = int(-(-len(rows) // batch_size) * epochs)
+    callback = ProbeCallback(probed, at=store.dense_early(steps, evaluations), **lengths)
+    before = recipe.answers(lm, tokenizer, probed, generate, lengths)
+    log = train(
+        work, lm, tokenizer, rows, callback, method="dpo", loss=loss, beta=beta, seed=seed, lr=lr, epochs=epochs,
+        batch_size=batch_size, optimizer=optimizer, warmup=warmup, clip=clip,
+        checkpoints=4 if measure == "all" else 1,
+    )  # fmt: skip
+    table = [callback.table(), log_rows(log, batch_size)]
+    if generate:
+        after = recipe.answers(lm, tokenizer, probed, generate, lengths)
+        written = [{"step": step, **answer} for step, part in ((0, before), (steps, after)) for answer in part]
+        store.write_json(work.parent / "answers.json", written)
+        table.append(
+            store.long(
+                (a["step"], a["step"] * batch_size, a["prompt_id"], "greedy", metric, value)
+                for a in written
+                for metric, value in (("rep4", repetition(a["text"])), ("logp_sum", min(a["logp"], 0.0)))
+            )
+        )
+    if account:
+        models.save(lm, tokenizer, work.parent / "model")
+        reference, _ = models.read(start, device=device, dtype=dtype)
+        encoded = probed.encode(tokenizer, **lengths)
+        table.append(mass_rows(reference, lm.eval(), encoded, account, steps, batch_size))
+    return store.compact(pd.concat(table, ignore_index=True))

@@ -1,0 +1,188 @@
+"""Chapter 3: SFT."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lddyn import InputError
+from lddyn.chapters.statistics import AUTHORS_KEYS, BELLS, change, curve, fall, order, rise, sign_delta
+
+
+def sft_chosen_order(table: pd.DataFrame) -> float:
+    """Rank correlation of log pi(chosen) with the step: 1 where it rises throughout."""
+    return order(curve(table, "chosen"))
+
+
+def sft_chosen_change(table: pd.DataFrame) -> float:
+    """Change of log pi(chosen) over SFT, nats summed over the response."""
+    return change(table, "chosen")
+
+
+def bell_rise(table: pd.DataFrame) -> float:
+    """Smallest rise from the start to the peak among the rejected answer and all rephrases, nats."""
+    return min(rise(table, kind) for kind in BELLS)
+
+
+def bell_fall(table: pd.DataFrame) -> float:
+    """Smallest fall from the peak to the end among the rejected answer and all rephrases, nats."""
+    return min(fall(table, kind) for kind in BELLS)
+
+
+def initial_rise(table: pd.DataFrame) -> float:
+    """Rise of the initial sample from the start to its peak, nats."""
+    return rise(table, "chosen_initial")
+
+
+def other_train_peak(table: pd.DataFrame) -> float:
+    """When log pi of answers to other training questions peaks, as a share of the steps."""
+    values = curve(table, "other_train")
+    return float(values.idxmax() / values.index[-1])
+
+
+def other_train_over_other_test(table: pd.DataFrame) -> float:
+    """Largest rise of answers to other training questions minus that of unseen answers, nats."""
+    return rise(table, "other_train") - rise(table, "other_test")
+
+
+def reuse_gap(table: pd.DataFrame) -> float:
+    """End change of answers to other training questions minus that of unseen answers, nats."""
+    return change(table, "other_train") - change(table, "other_test")
+
+
+def reuse_gap_unseen_prompts(table: pd.DataFrame) -> float:
+    """The same gap after prompts that were never trained on."""
+    return change(table, "other_train", split="test") - change(table, "other_test", split="test")
+
+
+def generated_reuse(table: pd.DataFrame) -> float:
+    """Change over SFT of the share of greedy 4-grams found in training answers to other questions, less the control's.
+
+    The control is the share found in as many answers that were never trained on; both splits of prompts.
+    """
+    rows = table[table.response_type == "greedy"]
+    share = rows.pivot_table(index="step", columns="metric", values="value", observed=True)
+    change = share.iloc[-1] - share.iloc[0]
+    return float(change["prob_reuse_train"] - change["prob_reuse_control"])
+
+
+def unrelated_change(table: pd.DataFrame) -> float:
+    """Change of log pi of unrelated human sentences over SFT, nats."""
+    return change(table, "unrelated")
+
+
+def shuffled_change(table: pd.DataFrame) -> float:
+    """Larger of the changes of log pi of the two shuffled types over SFT, nats."""
+    return max(change(table, kind) for kind in ("chosen_shuffled", "test_shuffled"))
+
+
+def format_like_semantic(table: pd.DataFrame) -> float:
+    """Correlation over steps of the curves of the two rephrases of chosen, first tenth of training."""
+    semantic, form = curve(table, "chosen_semantic"), curve(table, "chosen_format")
+    early = semantic.index <= semantic.index[-1] / 10
+    return float(np.corrcoef(semantic[early], form[early])[0, 1])
+
+
+def format_minus_semantic(table: pd.DataFrame) -> float:
+    """End change of the format-keeping rephrase minus that of the meaning-keeping one, nats."""
+    return change(table, "chosen_format") - change(table, "chosen_semantic")
+
+
+HEAT_MAP = ("chosen", "rejected", "chosen_semantic", "rejected_semantic", "unrelated", "test_shuffled")
+
+
+def heat_map(table: pd.DataFrame) -> pd.DataFrame:
+    """The last panel of figure 3: SignDelta of every observed type (rows) for every trained type (columns).
+
+    Each column is divided by its range. Uses the runs on the probed prompts only (`n_train` equal to the probes).
+    """
+    used = ("logp_sum", "a_norm_mean", "residual_norm_mean")
+    small = table[(table.n_train == table.n_train.min()) & table.metric.isin(used)]
+    parts = dict(list(small.groupby("target")))
+    columns = {target: sign_delta(parts[target], target) for target in HEAT_MAP if target in parts}
+    whole = pd.DataFrame(columns)
+    return whole / (whole.max() - whole.min())
+
+
+def fingerprint(table: pd.DataFrame) -> float:
+    """Trained on one answer's rephrase, the SignDelta of the other answer's rephrase minus that of the other answer."""
+    cells = heat_map(table)
+    return float(
+        np.mean(
+            [
+                cells.loc["rejected_semantic", "chosen_semantic"] - cells.loc["rejected", "chosen_semantic"],
+                cells.loc["chosen_semantic", "rejected_semantic"] - cells.loc["chosen", "rejected_semantic"],
+            ]
+        )
+    )
+
+
+def heat_map_diagonal(table: pd.DataFrame) -> float:
+    """Share of the trained types that are themselves their column's maximum."""
+    cells = heat_map(table)
+    return float(np.mean([cells[target].idxmax() == target for target in cells]))
+
+
+def shuffled_raises_others(table: pd.DataFrame) -> float:
+    """Number of other types with a positive SignDelta when shuffled words are trained."""
+    column = heat_map(table)["test_shuffled"].drop("test_shuffled")
+    return float((column > 0).sum())
+
+
+def authors_log(path: Path | str, metric: str = "logp_sum") -> pd.DataFrame:
+    """The authors' `prob_train_metrics.json`, one JSON object an evaluation: a metric of each type, types as columns.
+
+    `logp_sum` (nats, mean over prompts) or `a_norm_mean`; some of their logs have the one for all types, some the
+    other. Raises `InputError` naming the file when it is not such a log.
+    """
+    try:
+        entries = pd.DataFrame([json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()])
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a log of the authors' training ({type(error).__name__}: {error})") from error
+    template = {"logp_sum": "logps_eval_prob_train/{}", "a_norm_mean": "{}_A_o"}[metric]
+    columns = {template.format(key): kind for kind, key in AUTHORS_KEYS.items()}
+    found = entries[[c for c in columns if c in entries]].rename(columns=columns)
+    if "logps_eval_prob_train/chosen" not in entries:
+        raise InputError(f"{path} is not a log of the authors' training (no logps_eval_prob_train/chosen)")
+    return found
+
+
+def compare_with_authors(table: pd.DataFrame, path: Path | str) -> tuple[pd.Series, pd.Series, str]:
+    """End change of every type that the authors' log has, here (mean over seeds) and there, and of which metric.
+
+    The metric is log pi where their log has it for several types, and ||A||_F where it has only that.
+    """
+    metric = "logp_sum" if authors_log(path).shape[1] > 1 else "a_norm_mean"
+    theirs = authors_log(path, metric)
+    kinds = [kind for kind in theirs if (table.response_type == kind).any()]
+    ours = pd.Series({kind: change(table, kind, metric=metric) for kind in kinds})
+    return ours, (theirs.iloc[-1] - theirs.iloc[0])[kinds], metric
+
+
+"""Sweeps: what holds in all cells of a recorded table. One seed's rows; columns are statistics of single runs."""
+
+
+def everywhere_chosen(cells: pd.DataFrame) -> float:
+    """Smallest end change of the trained answer over all cells, nats."""
+    return float(cells.sft_chosen_change.min())
+
+
+def everywhere_bell_rise(cells: pd.DataFrame) -> float:
+    """Smallest over all cells of `bell_rise`, nats."""
+    return float(cells.bell_rise.min())
+
+
+def everywhere_bell_fall(cells: pd.DataFrame) -> float:
+    """Smallest over all cells of `bell_fall`, nats."""
+    return float(cells.bell_fall.min())
+
+
+def everywhere_other_train(cells: pd.DataFrame) -> float:
+    """Smallest over all cells of the largest rise of answers to other training questions minus that of unseen ones."""
+    return float(cells.other_train_over_other_test.min())
+
+
+def everywhere_unrelated(cells: pd.DataFrame) -> float:
+    """Largest over all cells of the end change of unrelated human sentences, nats."""
+    return float(cells.unrelated_change.max())

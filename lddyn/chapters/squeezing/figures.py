@@ -1,0 +1,114 @@
+"""Figures of chapter 4."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lddyn.chapters.style import BLUE, GREEN, GREY, ORANGE, RED, band
+
+
+def before_and_after(panels: dict[str, tuple], changes: bool = True) -> Figure:
+    """Distributions over ranked labels before and after a step, and the change of each log-probability (appendix E).
+
+    panels: title -> (before, after, labels): (V,) probabilities twice, and the ranks that were pushed, 0 the likeliest.
+    """
+    rows = 2 if changes else 1
+    size = (1.75 * len(panels) + 0.7, 2 * rows + 0.3)
+    fig, axes = plt.subplots(rows, len(panels), figsize=size, sharey="row", sharex=True, squeeze=False)
+    for n, (title, (before, after, labels)) in enumerate(panels.items()):
+        rank = np.arange(1, len(before) + 1)
+        axes[0, n].plot(rank, before, color=GREY, label="before")
+        axes[0, n].plot(rank, after, ".", color=BLUE, label="after", markersize=4)
+        axes[0, n].set_title(title, fontsize=9)
+        axes[0, n].set(yscale="log", ylim=(1e-9, 2))
+        if changes:
+            delta = np.log(after) - np.log(before)
+            axes[1, n].bar(rank, delta, color=np.where(delta > 0, GREEN, RED), width=0.9)
+            axes[1, n].axhline(0, color="0.3", linewidth=0.8)
+            axes[1, n].set(ylim=(-3.2, 3.2))
+        for ax in axes[:, n]:
+            for label in labels:
+                ax.axvline(label + 1, color=ORANGE, linestyle=":", linewidth=1.2, zorder=0)
+    axes[0, 0].set_ylabel("probability")
+    axes[0, -1].legend(loc="lower left", fontsize=8)
+    if changes:
+        axes[1, 0].set_ylabel(r"$\Delta\log p$ (nats)")
+    for ax in axes[-1]:
+        ax.set_xlabel("rank of the label")
+    return fig
+
+
+def squeezing_threshold(p: np.ndarray, changes: dict, thresholds: dict, first: float) -> Figure:
+    """Who rises in a large vocabulary, and how the bar moves with the size of the step.
+
+    p: (V,) without the pushed label; changes: |eta'| -> change of log p, (V,) nats; thresholds: |eta'| -> exact
+    threshold; first: the threshold of the first-order law.
+    """
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    for (strength, change), color in zip(changes.items(), (BLUE, ORANGE, RED), strict=True):
+        left.plot(p, change, ".", color=color, markersize=3, label=f"$|\\eta'| = {strength:g}$")
+    left.axhline(0, color="0.3", linewidth=0.8)
+    left.set(xscale="log", xlabel="probability before", ylabel=r"$\Delta\log p$ (nats)")
+    left.set_yscale("symlog", linthresh=0.01)
+    left.legend(fontsize=8)
+    right.semilogx(list(thresholds), list(thresholds.values()), color=BLUE, label="exact threshold")
+    right.axhline(first, color=GREY, linestyle="--", label=r"first order, $\|p\|^2 - p_y$")
+    right.axhline(p.max(), color=GREEN, linestyle="--", label="$p_{y^*}$")
+    right.set(xlabel=r"size of the step $|\eta'|$", ylabel="a label rises above this probability", ylim=(0, None))
+    right.legend(fontsize=8)
+    return fig
+
+
+def squeezing_domain(table: pd.DataFrame, strengths) -> Figure:
+    """Where the first-order law holds: its relative error, and the share of labels whose direction it gets right."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    for ax, metric, color in ((left, "ladder_law_error", RED), (right, "prob_law_direction", BLUE)):
+        by_rung = table[table.metric == metric].groupby("step").value
+        ax.semilogx(strengths, by_rung.mean(), "o-", color=color, markersize=4)
+        ax.fill_between(strengths, by_rung.quantile(0.05), by_rung.quantile(0.95), color=color, alpha=0.15, linewidth=0)
+        ax.set_xlabel(r"size of the step $|\eta'|$")
+    left.set(yscale="log", ylabel="error of the law / size of the change")
+    right.set(ylabel="labels whose direction is right", ylim=(0, 1.03))
+    return fig
+
+
+def squeezing_pushed_label(table: pd.DataFrame, pushed) -> Figure:
+    """Claim 4: the same shape and step, with the pushed label less and less likely."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    lines = (
+        (left, "pushed_top", GREEN, r"$y^*$"),
+        (left, "pushed_others", RED, "other labels, mean"),
+        (right, "prob_share_from_others", ORANGE, None),
+    )
+    for ax, metric, color, label in lines:
+        wide = table[table.metric == metric].groupby(["seed", "step"]).value.mean().unstack()
+        band(ax, pushed, wide.to_numpy(), color, label, marker="o", markersize=4)
+    for ax in (left, right):
+        ax.set(xscale="log", xlabel="probability of the pushed label, $p_y$")
+        ax.invert_xaxis()
+    left.axhline(0, color="0.3", linewidth=0.8)
+    left.set_ylabel(r"$\Delta\log p$ (nats)")
+    left.legend(fontsize=8)
+    right.set(ylabel="share of $y^*$'s gain taken from labels\nthat nobody pushed", ylim=(0, 1.03))
+    return fig
+
+
+def residual_forces(margins: np.ndarray, forces: dict[str, tuple]) -> Figure:
+    """Figure 2 as numbers: the force of every loss on chosen and on rejected against the margin, on the same axes.
+
+    forces: name -> (on chosen, on rejected), (margins,) each. Drawn in units of the larger of the two at margin 0.
+    """
+    fig, axes = plt.subplots(3, 4, figsize=(9.5, 6), sharex=True, sharey=True)
+    start = np.abs(margins).argmin()
+    for ax, (name, (chosen, rejected)) in zip(axes.flat, forces.items(), strict=True):
+        unit = max(abs(chosen[start]), abs(rejected[start]))
+        ax.plot(margins, chosen / unit, color=BLUE, label="on chosen")
+        ax.plot(margins, rejected / unit, color=RED, label="on rejected")
+        ax.axhline(0, color="0.3", linewidth=0.8)
+        ax.axvline(0, color="0.3", linewidth=0.5, linestyle=":")
+        ax.set(title=f"{name}  (unit {unit:.2g})", ylim=(-2.4, 2.4))
+    axes[0, 0].legend(fontsize=8, loc="lower left")
+    fig.supxlabel("margin between chosen and rejected, relative to the start (nats)", fontsize=10)
+    fig.supylabel("force: up on the response (+), down (-)", fontsize=10)
+    return fig

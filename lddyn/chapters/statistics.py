@@ -1,0 +1,102 @@
+"""What the statistics of several chapters share: curves over steps, their changes, SignDelta, intervals."""
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr, t
+
+from lddyn.data.responses import RESPONSE_TYPES
+
+BELLS = ("chosen_semantic", "chosen_format", "rejected", "rejected_semantic", "rejected_format")
+NATURAL = ("chosen", *BELLS[:2], "chosen_initial", *BELLS[2:], "other_train", "other_test", "unrelated")
+AUTHORS_KEYS = {kind: (names or (kind,))[0] for kind, names in RESPONSE_TYPES.items()}
+
+
+def curve(table: pd.DataFrame, kind: str, metric: str = "logp_sum", split: str = "train", target: str = "chosen"):
+    """Mean over the probed prompts of a metric of one type of response, as a Series over steps.
+
+    `split` says whether the prompts are trained on; `target` which runs, where a table holds several.
+    """
+    rows = table[(table.response_type == kind) & (table.metric == metric)]
+    rows = rows[rows.prompt_id.astype(str).str.startswith(f"{split}/")]
+    if "target" in rows:
+        rows = rows[rows.target == target]
+    if "n_train" in rows:  # the run on all prompts, not the small ones for the heat map
+        rows = rows[rows.n_train == rows.n_train.max()]
+    return rows.groupby("step").value.mean()
+
+
+def change(table: pd.DataFrame, kind: str, **which) -> float:
+    """End of `curve` minus its start."""
+    values = curve(table, kind, **which)
+    return float(values.iloc[-1] - values.iloc[0])
+
+
+def rise(table: pd.DataFrame, kind: str) -> float:
+    """From the start of the curve of log pi to its peak, nats summed over the response."""
+    values = curve(table, kind)
+    return float(values.max() - values.iloc[0])
+
+
+def fall(table: pd.DataFrame, kind: str) -> float:
+    """From the peak of the curve of log pi to its end, nats summed over the response."""
+    values = curve(table, kind)
+    return float(values.max() - values.iloc[-1])
+
+
+def order(values: pd.Series) -> float:
+    """Rank correlation of a curve with the step: 1 where it rises throughout, -1 where it falls."""
+    return float(spearmanr(values.index, values).statistic)
+
+
+def wide(table: pd.DataFrame, metric: str = "logp_sum", split: str = "train") -> pd.DataFrame:
+    """A metric of every prompt: rows (step, prompt), columns types of response."""
+    rows = table[(table.metric == metric) & table.prompt_id.astype(str).str.startswith(f"{split}/")]
+    return rows.pivot_table(index=["step", "prompt_id"], columns="response_type", values="value", observed=True)
+
+
+def sign_delta(table: pd.DataFrame, target: str) -> pd.Series:
+    """Accumulated SignDelta of every type when `target` is trained, as in the authors' released code (appendix C.2).
+
+    Between evaluations, the mean change of the summed log pi over sqrt(||A||_F) of the observed type and over
+    ||pi - y|| of the trained one; smoothed (0.9) and summed over time.
+    """
+    trained = "chosen" if target == "extended" else target
+    residual = curve(table, trained, "residual_norm_mean", target=target)
+    sums = {}
+    for kind in table.response_type.cat.categories:
+        logp = curve(table, kind, target=target)
+        if len(logp):
+            a_norm = curve(table, kind, "a_norm_mean", target=target)
+            delta = logp.diff() / np.sqrt(a_norm.shift()) / residual.shift()
+            sums[kind] = delta.iloc[1:].ewm(alpha=0.1, adjust=False).mean().sum()
+    return pd.Series(sums)
+
+
+def mean_interval(values: pd.Series) -> tuple[float, float, float]:
+    """Mean with its 95% t-interval."""
+    half = t.ppf(0.975, len(values) - 1) * values.std() / np.sqrt(len(values))
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
+def partial_slope(data: pd.DataFrame) -> tuple[float, np.ndarray, np.ndarray]:
+    """Slope of y on x with all other columns but `prompt_id` held fixed, and the residuals of both."""
+    controls = data.drop(columns=["prompt_id", "x", "y"]).to_numpy()
+    x, y = (data[name] - controls @ np.linalg.lstsq(controls, data[name], rcond=None)[0] for name in ("x", "y"))
+    return float(x @ y / (x @ x)), x.to_numpy(), y.to_numpy()
+
+
+def bootstrapped_slope(data: pd.DataFrame, draws: int) -> dict:
+    """`partial_slope` with a 95% interval from a bootstrap over prompts: `slope, interval` and the residuals `x, y`."""
+    prompts = data.groupby("prompt_id", observed=True).indices
+    random, names = np.random.default_rng(0), list(prompts)
+    slopes = []
+    for _ in range(draws):
+        drawn = np.concatenate([prompts[names[i]] for i in random.integers(len(names), size=len(names))])
+        slopes.append(partial_slope(data.iloc[drawn])[0])
+    slope, x, y = partial_slope(data)
+    return {"slope": slope, "interval": tuple(np.quantile(slopes, [0.025, 0.975])), "x": x, "y": y}
+
+
+def share_won(gain: pd.Series) -> float:
+    """Share of prompts whose score has grown; where it has not changed a prompt counts half."""
+    return float(((gain > 0) + 0.5 * (gain == 0)).mean())

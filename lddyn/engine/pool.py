@@ -1,0 +1,113 @@
+"""Several runs side by side: in processes of this machine, or through anything with a `.submit`."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+from lddyn.engine import cache, store
+
+
+def run_all(
+    function: Callable,
+    settings: Iterable[cache.Settings],
+    inputs: Mapping[str, Path] | None = None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+) -> list[store.Run]:
+    """Run `function` once for each of `settings`, side by side, and return the runs in the same order.
+
+    `executor` is anything with `.submit` (a process pool by default, with one process per core and one thread
+    each). What finished stays, also when another run fails; the first failure is raised at the end.
+    """
+    settings = list(settings)
+    with _pool(min(workers or os.cpu_count() or 1, len(settings)), executor) as submit:
+        return _results([submit(function, s, inputs) for s in settings])
+
+
+def run_then(
+    first: Callable,
+    settings: Iterable[cache.Settings],
+    then: Callable,
+    settings_of: Callable[[store.Run], Iterable[cache.Settings]],
+    inputs: Mapping[str, Path] | None = None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+) -> list[store.Run]:
+    """Run `first` for each of `settings`, and from each of its runs, as soon as it is there, runs of `then`.
+
+    `settings_of` gives the settings of the runs that start from a run of `first`; returned are the runs of `then`, in
+    the order of `settings`. Otherwise as `run_all`.
+    """
+    with _pool(workers or os.cpu_count() or 1, executor) as submit:
+        before = [submit(first, s, inputs) for s in settings]
+        waiting, after = list(before), {}
+        while waiting:
+            done = next((f for f in waiting if f.done()), None)
+            if done is None:
+                time.sleep(0.05)  # any executor's futures have `done`; few can be waited for together
+                continue
+            waiting.remove(done)
+            if not done.exception():
+                after[done] = [submit(then, s, inputs) for s in settings_of(done.result())]
+        _results([f for f in before if f not in after] + [f for futures in after.values() for f in futures])
+        return [f.result() for stage in before for f in after[stage]]
+
+
+@contextlib.contextmanager
+def _pool(workers: int, executor: Executor | None):
+    """A function that starts a run: in an executor, in a pool of processes, or, for one worker, on the spot.
+
+    What is in the cache is read here: a pool starts its processes, which takes seconds, at the first run that is not.
+    """
+
+    def submit(function: Callable, settings: cache.Settings, inputs: Mapping[str, Path] | None) -> Future:
+        folder, _ = cache.place(function, settings, inputs)
+        try:
+            found = store.load(folder)
+        except store.RecordError:
+            return start(cache.run, function, settings, inputs, root=store.runs_root())
+        return _call(lambda: found)
+
+    if executor is not None:
+        start = executor.submit
+        yield submit
+    elif workers <= 1:
+        start = _call
+        yield submit
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=as_worker) as pool:
+            start = pool.submit
+            yield submit
+
+
+def _call(function: Callable, *args, **options) -> Future:
+    future = Future()
+    try:
+        future.set_result(function(*args, **options))
+    except Exception as error:  # raised by `_results`, after the others have run
+        future.set_exception(error)
+    return future
+
+
+def _results(futures: Sequence[Future]) -> list:
+    failures = [error for error in (future.exception() for future in futures) if error]
+    if failures:
+        raise failures[0]
+    return [future.result() for future in futures]
+
+
+def as_worker() -> None:
+    """In a new process: one thread, said before torch and the tokenizers are imported, and no life after its parent."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    def end_with_parent():
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -1,0 +1,121 @@
+"""Parameters that were checked before anything starts: types, ranges, names.
+
+One plain assignment a line, in a notebook's cell tagged `parameters` or in `launch`:
+
+    lr: float | None = None  # (0, 10] learning rate; None: by scale
+
+with a type, a default and a comment that may open with what is allowed: a range `[low, high]`, `(low, high]`, or a
+choice `{a, b}`.
+"""
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lddyn import InputError, unknown
+
+TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a parameters cell: its type (`int`, `list[str]`, ...), default, what is allowed, and its comment."""
+
+    name: str
+    type: str
+    optional: bool
+    default: object
+    allowed: str  # "", "[1, 10]" or "{a, b}"
+    help: str
+
+    def describe(self) -> str:
+        kind = self.type + (" or none" if self.optional else "")
+        return f"{kind} {'in' if self.allowed[:1] in '[(' else 'one of'} {self.allowed}" if self.allowed else kind
+
+    def parse(self, value: object) -> object:
+        """Turn a word from the command line or a YAML value into a checked value; raise `InputError`."""
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            if self.optional:
+                return None
+            raise self.wrong(value)
+        if self.type.startswith("list["):
+            words = value if isinstance(value, list) else [w.strip() for w in str(value).strip("[]").split(",") if w]
+            return [self.item(word, self.type[5:-1]) for word in words]
+        return self.item(value, self.type)
+
+    def item(self, value: object, kind: str) -> object:
+        try:
+            if kind == "bool":
+                result = value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
+            elif isinstance(value, bool) or (kind != "str" and not isinstance(value, str | int | float)):
+                raise ValueError
+            else:
+                result = int(str(value)) if kind == "int" else TYPES[kind](value)
+        except (ValueError, KeyError) as error:
+            raise self.wrong(value) from error
+        if not self.allows(result):
+            raise self.wrong(value)
+        return result
+
+    def allows(self, value: object) -> bool:
+        if not self.allowed:
+            return True
+        inside = [word.strip() for word in self.allowed[1:-1].split(",")]
+        if self.allowed[0] == "{":
+            return str(value) in inside
+        low, high = map(float, inside)
+        above = value >= low if self.allowed[0] == "[" else value > low
+        return above and (value <= high if self.allowed[-1] == "]" else value < high)
+
+    def wrong(self, value: object) -> InputError:
+        return InputError(f"parameter {self.name} takes {self.describe()}, not {value!r}")
+
+
+def read_cell(source: str, where: str) -> dict[str, Parameter]:
+    """The parameters that lines of `name: type = default  # [allowed] comment` declare."""
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.AnnAssign):
+            raise InputError(f"{where}, line {node.lineno}: expected `name: type = default  # comment`")
+        kind = ast.unparse(node.annotation)
+        comment = comments.get(node.end_lineno, "")
+        allowed = re.match(r"[\[({][^\])}]*[\])}]", comment)
+        found[node.target.id] = Parameter(
+            name=node.target.id,
+            type=kind.removesuffix(" | None"),
+            optional=kind.endswith(" | None"),
+            default=ast.literal_eval(node.value),
+            allowed=allowed[0] if allowed else "",
+            help=comment[allowed.end() if allowed else 0 :].strip(),
+        )
+    return found
+
+
+def read_yaml(path: Path) -> dict:
+    """Read a parameter file. (YAML takes `5e-7` for text; the parameter's type mends that.)"""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read parameters from {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must map parameter names to values")
+    return content
+
+
+def parse_all(known: Mapping[str, Parameter], values: Mapping[str, object], whose: str) -> dict[str, object]:
+    """Values as Python objects; `InputError` names the first that is unknown or wrong."""
+    for name in values:
+        if name not in known:
+            raise unknown(f"parameter of {whose}", name, known)
+    return {name: known[name].parse(value) for name, value in values.items()}

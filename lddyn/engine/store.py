@@ -1,0 +1,169 @@
+"""Records: one long table per run and a manifest beside it; how they are written, checked and read."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lddyn import InputError
+
+COLUMNS = ["step", "examples", "prompt_id", "response_type", "metric", "value"]
+PACKAGE = Path(__file__).parents[1]
+ROOT = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").exists() else Path.cwd()
+
+
+class RecordError(RuntimeError):
+    """A record on disk is missing, damaged or breaks an invariant; one line naming the folder and why."""
+
+
+class Run(NamedTuple):
+    folder: Path
+    table: pd.DataFrame  # COLUMNS, one number a row
+    manifest: dict
+
+
+def runs_root() -> Path:
+    """The folder that holds the runs: `$LDDYN_RUNS`, or `runs/` in the repository."""
+    return Path(os.environ.get("LDDYN_RUNS", ROOT / "runs"))
+
+
+# --- what made a run ---------------------------------------------------------------------------------------
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- reading and writing -----------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it there in one step.
+
+    Raises `RecordError` when the folder cannot be written or the disk is full; what was there stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RecordError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write indented JSON atomically."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def check(table: pd.DataFrame) -> None:
+    """Check the invariants of a table; raise `RecordError` naming the first one that is broken.
+
+    Finite values; metrics whose name starts with `prob` in [0, 1]; log-probabilities at most zero; along one path the
+    arg max is at least as likely as the response itself, log pi(y*) >= log pi(y); every evaluation of a
+    metric has the same prompts.
+    """
+    if list(table.columns) != COLUMNS:
+        raise RecordError(f"columns are {list(table.columns)}, expected {COLUMNS}")
+    if table.empty:
+        raise RecordError("the table is empty")
+    if not np.isfinite(table.value).all():
+        bad = table[~np.isfinite(table.value)].iloc[0]
+        raise RecordError(f"{bad.metric} of {bad.response_type} at step {bad.step} is {bad.value}")
+    prob = table[table.metric.str.startswith("prob")]
+    if not prob.value.between(0, 1 + 1e-6).all():
+        raise RecordError(f"{prob.loc[~prob.value.between(0, 1 + 1e-6), 'metric'].iloc[0]} leaves [0, 1]")
+    logp = table[table.metric.str.contains(r"^(?:argmax_)?logp_(?:sum|mean)$", regex=True)]
+    if (logp.value > 1e-4).any():
+        raise RecordError(f"{logp.loc[logp.value > 1e-4, 'metric'].iloc[0]} is above zero")
+    if "argmax_logp_sum" in set(logp.metric):
+        pair = logp.pivot(index=["step", "prompt_id", "response_type"], columns="metric", values="value")
+        pair = pair[["argmax_logp_sum", "logp_sum"]].dropna()
+        worst = (pair.argmax_logp_sum - pair.logp_sum).min()
+        if worst < -1e-3:
+            raise RecordError(f"log pi(y*) is {-worst:.3g} nats below log pi(y) on the same path")
+    per_step = table.groupby(["metric", "response_type", "step"], observed=True).prompt_id.agg(
+        lambda ids: hash(frozenset(ids))
+    )
+    uneven = per_step.groupby(level=[0, 1], observed=True).nunique()
+    if (uneven > 1).any():
+        metric, kind = uneven[uneven > 1].index[0]
+        raise RecordError(f"the evaluations of {metric} for {kind} are over different prompts")
+
+
+def load(folder: Path | str) -> Run:
+    """Read a finished run and check it; raise `RecordError` when it is missing, unfinished or damaged."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if not manifest["finished"]:
+            raise RecordError(f"{folder}: the run is not finished")
+        if file_hash(folder / "table.parquet") != manifest["table_sha256"]:
+            raise RecordError(f"{folder}: table.parquet is damaged (its hash differs from the manifest's)")
+        table = pd.read_parquet(folder / "table.parquet")
+    except (OSError, ValueError, KeyError) as error:
+        raise RecordError(f"{folder}: unreadable record ({type(error).__name__}: {error})") from error
+    try:
+        check(table)
+    except RecordError as error:
+        raise RecordError(f"{folder}: {error}") from error
+    return Run(folder, table, manifest)
+
+
+def long(rows: Iterable[tuple]) -> pd.DataFrame:
+    """A table from tuples in the order of `COLUMNS`."""
+    return compact(pd.DataFrame(rows, columns=COLUMNS))
+
+
+def dense_early(last: int, count: int) -> list[int]:
+    """At most `count` times from 0 to `last`, both included, quadratically denser at the start, where most happens."""
+    return sorted({round(last * (i / (count - 1)) ** 2) for i in range(count)})
+
+
+def compact(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns in order and with their types; names are stored once (categories)."""
+    numbers = {"step": "int64", "examples": "int64", "value": "float64"}
+    return table[COLUMNS].astype(numbers | dict.fromkeys(["prompt_id", "response_type", "metric"], "category"))
+
+
+def frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """The tables of several runs in one, with a column `seed` and one for each parameter in which the runs differ."""
+    parameters = pd.DataFrame([r.manifest["parameters"] for r in runs])
+    differ = [c for c in parameters if parameters[c].map(str).nunique() > 1 and c != "seed"]
+    tables = [
+        r.table.assign(seed=r.manifest["parameters"].get("seed", 0), **{c: r.manifest["parameters"][c] for c in differ})
+        for r in runs
+    ]
+    whole = pd.concat(tables, ignore_index=True)
+    return whole.astype(dict.fromkeys(["prompt_id", "response_type", "metric"], "category"))
+
+
+def writable(path: Path) -> None:
+    """Raise `InputError` when a file cannot be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+    except OSError as error:
+        raise InputError(f"cannot write the notebook to {path}: {error.strerror}") from error

@@ -1,0 +1,392 @@
+"""SFT and DPO with TRL, looked at with probes while they run. The only module that imports TRL.
+
+Anyone's trainer gains the paper's curves with three lines:
+
+    probes = ProbeSet.from_jsonl("my_prompts.jsonl")
+    callback = ProbeCallback(probes, every=25, output_dir="runs/mine")
+    trainer = DPOTrainer(..., callbacks=[callback])
+"""
+
+import inspect
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import torch
+import transformers
+from torch.nn.functional import cross_entropy, pad
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
+
+from lddyn import InputError, unknown
+from lddyn.engine import cache, models, probes, reach, store
+from lddyn.engine.probes import Encoded, ProbeSet
+from lddyn.theory import losses
+
+# before transformers and TRL are imported: TRL tells the hub of each trainer that is built
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd"}  # transformers' names; RMSprop: the authors'
+
+warnings.filterwarnings("ignore", ".(is_)?gradient_checkpointing", FutureWarning)  # what trl and peft still call
+
+LOGGED = 10  # steps between two rows of the trainer's own numbers
+
+
+# --- the probe callback ------------------------------------------------------------------------------------
+
+
+class ProbeCallback(TrainerCallback):
+    """Measure a probe set before, during and after a training run of any `transformers` or TRL trainer.
+
+    `every` counts optimiser steps; `at` names steps one by one instead. Training is bit-identical with and without
+    it. With an `output_dir` the long table and a manifest are written there at the end; `table()` gives the rows so
+    far. Every checkpoint of the trainer carries them, so that a resumed run continues the table. Prompts and
+    responses are cut as in `ProbeSet.encode`, and probed `batch_tokens` tokens at once, or as many as suit the device
+    (keys and values of large models fill a GPU). Raises `InputError` when the tokenizer is missing.
+    """
+
+    def __init__(
+        self,
+        probe_set: ProbeSet,
+        every: int = 25,
+        output_dir: str | Path | None = None,
+        at: Sequence[int] | None = None,
+        max_prompt: int = 256,
+        max_response: int = 256,
+        batch_tokens: int | None = None,
+    ):
+        self.probe_set, self.every, self.at = probe_set, every, None if at is None else set(at)
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.lengths, self.batch_tokens = {"max_prompt": max_prompt, "max_response": max_response}, batch_tokens
+        self.encoded: Encoded | None = None
+        self.parts: list[pd.DataFrame] = []
+
+    def table(self) -> pd.DataFrame:
+        """The long table of everything measured so far."""
+        return pd.concat(self.parts, ignore_index=True)[store.COLUMNS]
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **_):
+        if processing_class is None:
+            raise InputError("ProbeCallback needs the trainer's tokenizer: pass processing_class=... to the trainer")
+        if self.output_dir and state.is_world_process_zero:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.encoded = self.probe_set.encode(processing_class, **self.lengths)
+        if state.global_step:
+            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "probes.parquet"
+            self.parts = [pd.read_parquet(saved)] if saved.exists() else []
+        else:
+            self._measure(args, state, model)
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        due = state.global_step % self.every == 0 if self.at is None else state.global_step in self.at
+        if due:
+            self._measure(args, state, model)
+
+    def on_save(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            store.write_atomically(folder / "probes.parquet", lambda p: self.table().to_parquet(p, index=False))
+
+    def on_train_end(self, args, state, control, model=None, **_):
+        if state.global_step not in {int(part.step.iloc[-1]) for part in self.parts}:
+            self._measure(args, state, model)
+        if self.output_dir and state.is_world_process_zero:
+            self._write(args, state)
+
+    def _measure(self, args, state, model) -> None:
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        with in_full_precision(models.whole(model)) as plain:
+            part = probes.measure(plain, self.encoded, self.batch_tokens)
+        self.parts.append(part.assign(step=state.global_step, examples=state.global_step * batch))
+
+    def _write(self, args, state) -> None:
+        table = self.table()
+        store.check(table)
+        store.write_atomically(self.output_dir / "table.parquet", lambda p: table.to_parquet(p, index=False))
+        manifest = {
+            "format": 1,
+            "function": "lddyn.engine.training:ProbeCallback",
+            "parameters": {"seed": args.seed, "learning_rate": args.learning_rate, "steps": state.global_step},
+            "inputs": {},
+            "code": reach.definitions("lddyn.engine.training", "ProbeCallback"),
+            "versions": reach.versions("lddyn.engine.training", "ProbeCallback"),
+            "machine": str(args.device),
+            "git": cache.git_state(),
+            "started": None,
+            "finished": store.now(),
+            "rows": len(table),
+            "table_sha256": store.file_hash(self.output_dir / "table.parquet"),
+        }
+        store.write_json(self.output_dir / "manifest.json", manifest)
+
+
+@contextmanager
+def in_full_precision(model):
+    """The model without the bfloat16 context that accelerate wraps around its `forward` and around nothing below it."""
+    wrapped = vars(model).get("forward")
+    if hasattr(model, "_original_forward"):
+        model.forward = model._original_forward
+    try:
+        yield model
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
+
+
+# --- the trainers ------------------------------------------------------------------------------------------
+
+
+class _Ours:
+    """What our trainers do in their own way: the learning rate, and how they resume."""
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """A linear rise that already moves at the first step, then constant."""
+        warmup = self.args.warmup_steps
+        self.lr_scheduler = LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+        return self.lr_scheduler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """transformers leaves out GPT-NeoX's output layer, whose name in files differs from that in memory."""
+        if hasattr(self.model, "peft_config") or self.is_fsdp_enabled:  # adapters alone, or weights as in memory
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        (model or self.model).load_state_dict(saved.state_dict())
+
+
+@contextmanager
+def head_sees(model, places: torch.Tensor):
+    """The output layer gets the hidden states at `places`, (batch, tokens), only; its logits are (places, V)."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][places],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _lean_head(vocabulary: int) -> None:
+    """TRL's output layer for pairs: on answers only also without a GPU, in a buffer no wider than the vocabulary.
+
+    On CPU it would score prompts and padding too, which makes a step of DPO on the built-in model half as slow again.
+    """
+    trl_utils._use_triton = lambda device: True  # there it only says whether to leave those places out
+    trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(2**15, vocabulary)
+
+
+class SequenceSumSFT(_Ours, SFTTrainer):
+    """The authors' SFT loss (section 3.1, eq. 4): minus the summed log pi of a response, mean over the batch.
+
+    TRL's own loss divides by the number of tokens in the batch; at the same learning rate that is another experiment.
+    """
+
+    loss_is_scaled_for_ga = False  # the mean over responses leaves gradient accumulation to the trainer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"]  # (batch, tokens), -100 in the prompt
+        predicts = pad(labels[:, 1:] != -100, (0, 1))  # where the next token is one of the response
+        with head_sees(self.model, predicts):
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        targets = labels[labels != -100]  # (tokens of all responses,)
+        loss = cross_entropy(outputs.logits.float(), targets, reduction="sum") / len(labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+class TokenMeanSFT(_Ours, SFTTrainer):
+    """TRL's SFT loss: minus the mean log pi of a token."""
+
+
+class TokenisedDPO(_Ours, DPOTrainer):
+    """DPO on pairs that are token ids already, cut exactly as the probes are."""
+
+    def _prepare_dataset(self, dataset, *_, **__):
+        return dataset
+
+
+class PairLoss(TokenisedDPO):
+    """A loss on pairs that TRL lacks: a function of the summed log-probabilities of both answers, from `residuals`.
+
+    `pair_loss` and `options`, its keywords, are set after construction.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        answers = inputs["completion_mask"]  # (chosen then rejected, tokens)
+        labels = inputs["input_ids"].masked_fill(answers == 0, -100)
+        text = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
+        chosen, rejected = model(**text, use_cache=False, fused_lm_head=True).log_probs.sum(1).chunk(2)  # (batch,) each
+        with torch.no_grad():
+            reference = self.ref_model(**text, use_cache=False, fused_lm_head=True).log_probs.sum(1).chunk(2)
+        margin = self.beta * losses.margin(chosen.detach(), rejected.detach(), *reference)
+        self._metrics["train"]["rewards/margins"].append(margin.mean().item())
+        lengths = dict(zip(("chosen_length", "rejected_length"), answers.sum(1).chunk(2), strict=True))
+        takes = inspect.signature(self.pair_loss).parameters
+        given = {name: value for name, value in {"beta": self.beta, **lengths, **self.options}.items() if name in takes}
+        return self.pair_loss(chosen, rejected, *reference, **given).mean()
+
+
+SFT_LOSSES = {"sequence_sum": SequenceSumSFT, "token_mean": TokenMeanSFT}
+PAIR_LOSSES = {
+    "cdpo": losses.cdpo_loss,
+    "dpop": losses.dpop_loss,
+    "gated": losses.gated_loss,
+    "orpo": losses.orpo_loss,
+    "simpo": losses.simpo_loss,
+}
+TRL_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard")
+TRL_LOSSES += ("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft")
+
+
+def sft_rows(tokenizer, prompts: list[str], responses: list[str], **lengths) -> datasets.Dataset:
+    """Prompts and responses as token ids, the same as the probes see; the loss is on the response only."""
+    ids = ProbeSet(prompts, {"chosen": responses}).encode(tokenizer, **lengths)
+    pairs = list(zip(ids.prompts, ids.responses["chosen"], strict=True))
+    rows = {"input_ids": [p + r for p, r in pairs], "labels": [[-100] * len(p) + r for p, r in pairs]}
+    return datasets.Dataset.from_dict(rows)
+
+
+def dpo_rows(tokenizer, prompts: list[str], chosen: list[str], rejected: list[str], **lengths) -> datasets.Dataset:
+    """Pairs as token ids, the same as the probes see."""
+    ids = ProbeSet(prompts, {"chosen": chosen, "rejected": rejected}).encode(tokenizer, **lengths)
+    rows = {"prompt_ids": ids.prompts, "chosen_ids": ids.responses["chosen"], "rejected_ids": ids.responses["rejected"]}
+    return datasets.Dataset.from_dict(rows)
+
+
+def with_adapters(model, rank: int, seed: int):
+    """The model with LoRA adapters of this rank on all linear layers, in float32; they begin as no change at all."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def quiet() -> None:
+    """Silence the libraries' progress bars and advice; errors and warnings about our calls still come through."""
+    warnings.filterwarnings(
+        "ignore", ".(is_)?gradient_checkpointing(_disable)?. is deprecated", FutureWarning
+    )  # trl and peft
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint that is whole: the probes are what is written last."""
+    whole = [p.parent for p in work.glob("checkpoint-*/probes.parquet")]
+    return str(max(whole, key=lambda p: int(p.name.split("-")[1]))) if whole else None
+
+
+def train(
+    work: Path,
+    model: torch.nn.Module,
+    tokenizer,
+    rows: datasets.Dataset,
+    callback: ProbeCallback,
+    *,
+    seed: int,
+    lr: float,
+    epochs: float,
+    batch_size: int,
+    method: str = "sft",
+    loss: str = "sequence_sum",
+    beta: float = 0.1,
+    options: Mapping[str, object] | None = None,
+    reference: torch.nn.Module | None = None,
+    optimizer: str = "adamw",
+    warmup: int = 0,
+    clip: float = 10.0,
+    accumulation: int = 1,
+    bf16: bool = False,
+    checkpoints: int = 4,
+) -> list[dict]:
+    """Train a model in place with TRL; returns the trainer's log, one dict for each logged step.
+
+    `method` is `sft` (loss `sequence_sum` as in the authors' code, or `token_mean` as in TRL) or `dpo`. The losses of
+    `dpo` are TRL's (`sigmoid` is DPO; names joined by "+" are added, see its `loss_weights`) and `PAIR_LOSSES`;
+    `options` are further settings of TRL's DPOConfig or keywords of the function. The reference is the model as it
+    comes in, unless one is given. Learning rate constant after `warmup` steps of linear rise that already move at the
+    first one. Continues from the last whole checkpoint in `work`. Raises `InputError` for unknown names.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise unknown("optimizer", optimizer, OPTIMIZERS)
+    quiet()
+    steps = -(-len(rows) // (batch_size * accumulation)) * epochs
+    common = {
+        "output_dir": str(work),
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": epochs,
+        "optim": OPTIMIZERS[optimizer],
+        "weight_decay": 0.0,
+        "learning_rate": lr,
+        "warmup_steps": warmup,
+        "max_grad_norm": clip,
+        "max_length": None,  # the rows are cut already
+        "bf16": bf16,
+        "activation_checkpointing": False,
+        "use_cpu": next(model.parameters()).device.type == "cpu",
+        "report_to": "none",
+        "logging_steps": LOGGED,
+        "save_strategy": "steps",
+        # only where the trainer logs: its averages since the last log are in no checkpoint
+        "save_steps": LOGGED * math.ceil(steps / checkpoints / LOGGED),
+        "save_total_limit": 1,
+        "seed": seed,
+        "data_seed": seed,
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+    }
+    parts = {"model": model, "processing_class": tokenizer, "train_dataset": rows, "callbacks": [callback]}
+    if method == "sft":
+        if loss not in SFT_LOSSES:
+            raise unknown("loss", loss, SFT_LOSSES)
+        trainer = SFT_LOSSES[loss](args=SFTConfig(**common), **parts)
+    elif method == "dpo":
+        _lean_head(model.get_output_embeddings().weight.shape[0])
+        # always given: TRL would reload the reference from where the model once came from, not from what it is now
+        parts["ref_model"] = models.snapshot(model) if reference is None else reference
+        trainer = _pair_trainer(common | {"beta": beta}, loss, dict(options or {}), parts)
+    else:
+        raise unknown("method", method, ["sft", "dpo"])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    return trainer.state.log_history
+
+
+def _pair_trainer(common: dict, loss: str, options: dict, parts: dict) -> TokenisedDPO:
+    """The trainer for one of TRL's losses, a sum of them, or one of `PAIR_LOSSES`."""
+    if loss not in PAIR_LOSSES:
+        for name in loss.split("+"):
+            if name not in TRL_LOSSES:
+                raise unknown("loss", name, [*TRL_LOSSES, *PAIR_LOSSES])
+        return TokenisedDPO(args=DPOConfig(**common, loss_type=loss.split("+"), **options), **parts)
+    takes = list(inspect.signature(PAIR_LOSSES[loss]).parameters)[4:]
+    for name in options:
+        if name not in takes:
+            raise unknown(f"option of the loss {loss}", name, takes)
+    trainer = PairLoss(args=DPOConfig(**common), **parts)
+    trainer.pair_loss, trainer.options = PAIR_LOSSES[loss], options
+    return trainer
+
+
+def log_rows(log: list[dict], batch_size: int) -> pd.DataFrame:
+    """The trainer's own numbers (loss, gradient norm, and for DPO margin and accuracy) as rows of a long table."""
+    names = {"loss": "train_loss", "grad_norm": "grad_norm", "rewards/margins": "train_margin"}
+    return store.long(
+        (entry["step"], entry["step"] * batch_size, "batch", "all", names[key], float(entry[key]))
+        for entry in log
+        for key in names
+        if key in entry
+    )

@@ -1,0 +1,159 @@
+"""Build the book: execute what is stale, write the generated pages, render strictly."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lddyn import InputError, unknown
+from lddyn.chapters import claims
+from lddyn.engine import reach, store
+from lddyn.publish import notebooks, pages
+from lddyn.workshop import estimate
+
+SCALES = ("smoke", "laptop", "paper")
+
+
+def fingerprint(notebook: Path, scale: str) -> str:
+    """Hash of all that decides what an executed notebook shows: its source, scale, and the chapter's rules; the code
+    that it and they reach, and the libraries."""
+    cells = json.loads(notebook.read_text())["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    rules = claims.of_chapter(notebook.stem)
+    parts = [
+        (part.get("chapter", rule["chapter"]), part["statistic"]) for rule in rules for part in rule.get("parts", [])
+    ]
+    judged = [claims.statistic(*part) for part in parts]
+    reached = reach.of_code(code, *((f.__module__, f.__name__) for f in judged))
+    parts = [notebook.read_text(), scale, json.dumps(rules), json.dumps(reached)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def execute(scale: str, force: bool) -> list[str]:
+    """Execute every stale notebook into the book; returns one line for each failure, and goes on after it."""
+    failures, places = [], {name: pages.EXECUTED / f"{name}.ipynb" for name in pages.chapters()}
+    now = {name: fingerprint(notebooks.notebook_path(name), scale) for name in places}
+    stale = [name for name, out in places.items() if force or _metadata(out).get("fingerprint") != now[name]]
+    if stale:
+        print(
+            f"lddyn: {len(stale)} of {len(places)} chapters to run at scale {scale}, {expected(stale, scale)}",
+            flush=True,
+        )
+    for name, out in places.items():
+        if name not in stale:
+            print(f"lddyn: {name} is fresh")
+        elif problem := _execute(name, out, scale, now[name]):
+            failures.append(f"{name}: {problem}")
+    return failures
+
+
+def expected(names: Iterable[str], scale: str) -> str:
+    """How long these chapters take here: times on another machine (`book/times.json`), scaled by both matrix rates."""
+    recorded = json.loads((pages.BOOK / "times.json").read_text())
+    if scale not in recorded["seconds"]:
+        return "which takes a GPU hours to days"
+    rate = estimate.measured_rate("cpu", bf16=False) / 1e9
+    minutes = sum(recorded["seconds"][scale][name] for name in names) * recorded["gflops"] / rate / 60
+    return f"about {max(minutes, 1):.0f} min here ({rate:.0f} GFLOP/s), less where runs are cached"
+
+
+def _execute(name: str, out: Path, scale: str, fingerprint: str) -> str | None:
+    """Execute one notebook and stamp it; what went wrong, or None."""
+    source, clock = notebooks.notebook_path(name), time.perf_counter()
+    store.writable(out)
+    try:
+        problem = notebooks.execute(source, notebooks.checked(source, {"scale": scale}), out)
+    except InputError as error:
+        problem = str(error)
+    if not problem and (problem := notebooks.noise(out)):
+        failed = out.with_suffix(".failed.ipynb")
+        out.replace(failed)
+        problem += f" (notebook: {failed})"
+    if not problem:
+        seconds = round(time.perf_counter() - clock, 1)
+        _stamp(out, {"fingerprint": fingerprint, "scale": scale, "seconds": seconds})
+        print(f"lddyn: {name} took {seconds} s", flush=True)
+    return problem
+
+
+def _metadata(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())["metadata"].get("lddyn", {})
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def _stamp(path: Path, entry: dict) -> None:
+    notebook = json.loads(path.read_text())
+    notebook["metadata"]["lddyn"] = entry
+    notebook["metadata"].pop("papermill", None)  # paths of this machine
+    for cell in notebook["cells"]:
+        if "injected-parameters" in cell["metadata"].get("tags", []):
+            cell["metadata"]["tags"].append("remove-cell")
+        cell["metadata"].pop("papermill", None)
+    store.write_json(path, notebook)
+
+
+# --- rendering ---------------------------------------------------------------------------------------------
+
+
+def build(scale: str, force: bool = False) -> int:
+    """What `make book` does. Returns the exit code: 0, or 1 when a notebook failed or the renderer warned.
+
+    A second build waits for the first, and then finds everything fresh.
+    """
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
+    store.writable(pages.GENERATED / "status.md")
+    lock = FileLock(pages.GENERATED / ".lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print("lddyn: another build of this book is running; waiting for it")
+        held = lock.acquire()
+    with held:
+        return _build(scale, force)
+
+
+def _build(scale: str, force: bool) -> int:
+    failures = execute(scale, force)
+    if failures:
+        for line in failures:
+            print(f"lddyn: {line}", file=sys.stderr)
+        return 1
+    shown = pages.published()
+    pages.write_hero(shown)
+    pages.write_chapters(shown)
+    pages.write_scorecard(claims.verdicts(shown))
+    pages.write_status()
+    pages.write_data_card()
+    pages.write_bench()
+    pages.write_sweeps()
+    return render()
+
+
+def jupyter_book(*options: str) -> subprocess.CompletedProcess:
+    """Let Jupyter Book build all pages; what it printed is in the result."""
+    start = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    return subprocess.run([*start, "build", str(pages.BOOK), "--all", *options], capture_output=True, text=True)
+
+
+def render() -> int:
+    """Render the pages with Jupyter Book, warnings as errors; nothing is left over from an earlier build."""
+    index = pages.BOOK / "_build" / "html" / "index.html"
+    shutil.rmtree(index.parent, ignore_errors=True)
+    done = jupyter_book("-W", "-n", "--keep-going")
+    if done.returncode or not index.exists():
+        lines = (done.stdout + done.stderr).splitlines()
+        told = [line for line in lines if re.search("WARNING|ERROR|Error", line)] or lines[-20:]
+        print(*told, "lddyn: the book did not build without warnings", sep="\n", file=sys.stderr)
+        return 1
+    print(index)
+    return 0

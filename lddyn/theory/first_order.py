@@ -1,0 +1,260 @@
+"""First order on any causal language model: what one step does to any response (section 3, eq. 5).
+
+With chi = [x; y] a step on (x_u, y_u) changes log pi at token m of an observed response by
+
+    [d log pi(. | chi_o)]_m = -eta sum_l [A(chi_o)]_m [K(chi_o, chi_u)]_{m,l} [G(chi_u)]_l
+
+K has (tokens V)^2 entries and is never needed: read from the right, J_u^T G is the gradient, and J_o times a direction
+in parameter space is one Jacobian-vector product for all observations together (`predicted_change`). The direction may
+be any parameter difference: a gradient step, what AdamW applied, a LoRA update. The factors are in `kernels`.
+
+A text is a pair (prompt, response) of token ids; `model` is a causal LM of `transformers`, perhaps wrapped by PEFT. All
+functions leave the model as it was. Log-probabilities are in nats, and logits of a response are those that predict it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lddyn import InputError
+from lddyn.theory import losses
+
+Text = tuple[Sequence[int], Sequence[int]]  # prompt, response
+Parameters = dict[str, Tensor]  # some or all of a model's parameters, or a direction among them
+BATCH_TOKENS = {"cpu": 2048, "cuda": 2**14}
+BATCH_LOGITS = 2**25  # in one piece, so that a large vocabulary means smaller batches
+
+
+class Change(NamedTuple):
+    """Log-probabilities of observed responses and their first-order change."""
+
+    tokens: list[Tensor]  # change of each token's log pi, (tokens,) an observation
+    sums: Tensor  # change of log pi of a response, (observations,)
+    logps: Tensor  # log pi of a response before the step, (observations,)
+
+
+# --- parameters and directions -----------------------------------------------------------------------------
+
+
+def parameters(model) -> Parameters:
+    """A detached copy of the trainable parameters: where a step starts from, or where it ended."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def difference(before: Parameters, after: Parameters) -> Parameters:
+    """What an optimiser, of whatever kind, has applied between two copies of the parameters."""
+    return {name: after[name] - p for name, p in before.items()}
+
+
+def scaled(direction: Parameters, factor: float) -> Parameters:
+    """A direction times a number."""
+    return {name: factor * d for name, d in direction.items()}
+
+
+def norm(direction: Parameters) -> float:
+    """Euclidean norm over all parameters."""
+    return math.sqrt(sum(d.double().square().sum().item() for d in direction.values()))
+
+
+def inner(a: Parameters, b: Parameters) -> float:
+    """Inner product over all parameters."""
+    return sum((d * b[name]).double().sum().item() for name, d in a.items())
+
+
+def trainable(model, direction: Parameters | None = None) -> Parameters:
+    """The trainable parameters as they are, or those that a direction names; not copied."""
+    named = dict(model.named_parameters())
+    if direction is None:
+        found = {name: p.detach() for name, p in named.items() if p.requires_grad}
+        if not found:
+            raise InputError(f"no parameter of {type(model).__name__} is trainable (requires_grad)")
+        return found
+    for name in direction:
+        if name not in named:
+            raise InputError(f"the update has {name!r}, which is no parameter of {type(model).__name__}")
+    return {name: named[name].detach() for name in direction}
+
+
+# --- texts through the model -------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Some texts as padded token ids, and where their response tokens are predicted."""
+
+    numbers: list[int]  # places of the texts in the list that was given
+    lengths: list[int]  # tokens of each response
+    ids: Tensor  # (rows, tokens), padded on the right
+    mask: Tensor
+    kept: int  # last positions whose logits are needed
+    at: tuple[Tensor, Tensor]  # row and kept position that predict each response token, all texts in turn
+    targets: Tensor  # (response tokens,)
+
+
+def batches(model, texts: Sequence[Text], budget: int | None) -> Iterator[Batch]:
+    """Texts with prompts of similar length together, at most `budget` padded tokens at a time."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    budget = min(budget or BATCH_TOKENS.get(model.device.type, 2048), max(1, BATCH_LOGITS // vocabulary))
+    for prompt, response in texts:
+        if not prompt or not response:
+            raise InputError("a text needs at least one token of prompt and one of response")
+    rows, width = [], 0
+    for number in sorted(range(len(texts)), key=lambda i: (len(texts[i][0]), len(texts[i][1]))):
+        length = sum(map(len, texts[number]))
+        if rows and (len(rows) + 1) * max(width, length) > budget:
+            yield _batch(model, texts, rows)
+            rows, width = [], 0
+        rows.append(number)
+        width = max(width, length)
+    if rows:
+        yield _batch(model, texts, rows)
+
+
+def _batch(model, texts: Sequence[Text], rows: list[int]) -> Batch:
+    whole = [[*texts[i][0], *texts[i][1]] for i in rows]
+    width, first = max(map(len, whole)), min(len(texts[i][0]) for i in rows) - 1
+    lengths = [len(texts[i][1]) for i in rows]
+    places = [
+        (row, len(texts[i][0]) - 1 - first + k)
+        for row, (i, n) in enumerate(zip(rows, lengths, strict=True))
+        for k in range(n)
+    ]
+    row, column = torch.tensor(places, device=model.device).T
+    return Batch(
+        rows,
+        lengths,
+        torch.tensor([w + [0] * (width - len(w)) for w in whole], device=model.device),
+        torch.tensor([[1] * len(w) + [0] * (width - len(w)) for w in whole], device=model.device),
+        width - first,
+        (row, column),
+        torch.tensor([token for i in rows for token in texts[i][1]], device=model.device),
+    )
+
+
+def response_logits(model, theta: Parameters, batch: Batch) -> Tensor:
+    """Logits that predict the response tokens of a batch, (response tokens, V)."""
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "logits_to_keep": batch.kept}
+    return functional_call(model, theta, (), inputs | {"use_cache": False}).logits[batch.at]
+
+
+def _of_targets(z: Tensor, targets: Tensor) -> Tensor:
+    return z.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1)
+
+
+@contextmanager
+def differentiable(model) -> Iterator[None]:
+    """Evaluation mode, and attention that has forward-mode derivatives; afterwards everything is as before.
+
+    SDPA is held to its math kernel; anything else but eager attention (flash kernels) becomes eager meanwhile.
+    """
+    modes = {module: module.training for module in model.modules()}
+    config = model.config.get_text_config()
+    attention = config._attn_implementation
+    try:
+        model.eval()
+        if attention not in ("sdpa", "eager"):
+            model.set_attn_implementation("eager")
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        if attention not in ("sdpa", "eager"):
+            model.set_attn_implementation(attention)
+        for module, training in modes.items():
+            module.training = training
+
+
+def logps(model, texts: Sequence[Text], theta: Parameters | None = None, batch_tokens: int | None = None):
+    """log pi of each response, token by token: a list of (tokens,); `theta` stands in for parameters of the model."""
+    found: list[Tensor] = [None] * len(texts)
+    with differentiable(model), torch.no_grad():
+        for batch in batches(model, texts, batch_tokens):
+            of_tokens = _of_targets(response_logits(model, theta or {}, batch), batch.targets)
+            for number, part in zip(batch.numbers, of_tokens.split(batch.lengths), strict=True):
+                found[number] = part
+    return found
+
+
+def sums(tokens: Sequence[Tensor]) -> Tensor:
+    """One number a response from one a token, added in float64. Returns (responses,)."""
+    return torch.stack([part.double().sum() for part in tokens])
+
+
+# --- the prediction ----------------------------------------------------------------------------------------
+
+
+def predicted_change(
+    model,
+    update: Parameters,
+    observations: Sequence[Text],
+    start: Parameters | None = None,
+    batch_tokens: int | None = None,
+) -> Change:
+    """First-order change of log pi of every observation under an update of the parameters (proposition 1, eq. 5).
+
+    update: the parameter difference, of all parameters or of some: `step(...)` for a gradient step, `difference` of the
+    parameters around a step of any optimiser. `start`: the parameters before it, where the model is elsewhere by now.
+    One Jacobian-vector product a batch; memory does not grow with the number of observations, `batch_tokens` bounds it.
+    Raises `InputError` for a parameter that the model does not have.
+    """
+    theta = trainable(model, update)
+    if start is not None:
+        theta = {name: start[name] for name in theta}
+    tokens: list[Tensor] = [None] * len(observations)
+    before = torch.zeros(len(observations), dtype=torch.float64)
+    with differentiable(model), torch.no_grad():
+        for batch in batches(model, observations, batch_tokens):
+
+            def of_parameters(p: Parameters, batch=batch) -> Tensor:
+                return _of_targets(response_logits(model, p, batch), batch.targets)
+
+            logp, change = jvp(of_parameters, (theta,), (update,))
+            parts = zip(batch.numbers, logp.split(batch.lengths), change.split(batch.lengths), strict=True)
+            for number, of_text, part in parts:
+                tokens[number], before[number] = part, of_text.double().sum()
+    return Change(tokens, sums(tokens).cpu(), before)
+
+
+def gradient(
+    model,
+    chosen: Sequence[Text],
+    rejected: Sequence[Text] | None = None,
+    loss: Callable = losses.sft_loss,
+    reference: tuple[Tensor, Tensor] | None = None,
+    **settings,
+) -> Parameters:
+    """Gradient of the mean loss over a batch with respect to the trainable parameters: J_u^T G.
+
+    loss: any `<name>_loss` of `residuals`, with its `settings`. `rejected` may be missing for a loss that does not read
+    it. `reference`: summed log pi of chosen and rejected under the reference model, two (batch,); by default those of
+    the model itself, as at the start of DPO.
+    """
+    theta = {name: p.requires_grad_() for name, p in trainable(model).items()}
+    with differentiable(model), torch.enable_grad():
+        sides = [_summed(model, theta, texts) if texts else None for texts in (chosen, rejected)]
+        good, bad = sides[0], torch.zeros_like(sides[0]) if sides[1] is None else sides[1]
+        ref = (good.detach(), bad.detach()) if reference is None else reference
+        value = loss(good, bad, *(r.to(good) for r in ref), **settings).mean()
+        found = torch.autograd.grad(value, list(theta.values()), allow_unused=True)
+    pairs = zip(theta.items(), found, strict=True)
+    return {name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in pairs}
+
+
+def _summed(model, theta: Parameters, texts: Sequence[Text]) -> Tensor:
+    (batch,) = batches(model, texts, 2**62) if len(texts) == 1 else (_batch(model, texts, list(range(len(texts)))),)
+    of_tokens = _of_targets(response_logits(model, theta, batch), batch.targets)
+    return torch.stack([part.sum() for part in of_tokens.split(batch.lengths)])
+
+
+def step(model, eta: float, chosen: Sequence[Text], rejected: Sequence[Text] | None = None, **options) -> Parameters:
+    """The update of one plain gradient step, -eta times `gradient`, for `predicted_change`."""
+    return scaled(gradient(model, chosen, rejected, **options), -eta)
+
+
+def stepped(model, update: Parameters) -> Parameters:
+    """The parameters after an update, to be given to `logps`; the model stays as it is."""
+    return {name: p + update[name] for name, p in trainable(model, update).items()}

@@ -1,0 +1,114 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lddyn import InputError
+from lddyn.__main__ import main
+from lddyn.chapters import claims
+from lddyn.engine import store
+from lddyn.engine.store import Run
+
+
+def runs_with(values):
+    table = store.long([(0, 0, "p", "all", "lbk_share_max", v) for v in [0.1]])
+    return [Run(None, table.assign(value=v), {"parameters": {"seed": i}}) for i, v in enumerate(values)]
+
+
+def part(holds, **more):
+    return {"chapter": "01_mnist", "statistic": "lbk_share", "holds": holds, "says": "share", **more}
+
+
+def test_every_claim_of_the_paper_is_listed_once_and_in_order():
+    assert [entry["id"] for entry in claims.ledger()] == list(range(1, 50))
+
+
+def test_every_statistic_has_a_docstring_that_says_what_it_is():
+    parts = [part for claim in claims.ledger() for part in claims.parts(claim)]
+    assert all(claims.statistic(part["chapter"], part["statistic"]).__doc__ for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("values", "holds", "outcome"),
+    [
+        ([1.0, 1.1, 0.9], "> 0", "holds"),
+        ([1.0, 1.1, 0.9], "< 0", "fails"),
+        ([-1.0, 1.0, 0.5], "> 0", "undecided"),
+        ([1.0], "> 0", "undecided"),
+        ([1.0, 1.01, 0.99], "in [0.9, 1.1]", "holds"),
+    ],
+)
+def test_the_whole_interval_decides(values, holds, outcome):
+    assert claims.judge(part(holds), claims.by_seed(runs_with(values)))["outcome"] == outcome
+
+
+def test_an_identity_is_judged_by_its_worst_seed():
+    assert claims.judge(part("< 1", exact=True), claims.by_seed(runs_with([0.1, 0.2, 3.0])))["outcome"] == "fails"
+
+
+@pytest.mark.parametrize("more", [{}, {"exact": True}])
+def test_what_no_run_measures_is_undecided_and_says_so(more):
+    judged = claims.judge(part("> 1") | more, claims.by_seed(runs_with([np.nan, np.nan])))
+    assert (judged["ours"], judged["interval"], judged["outcome"], judged["seeds"]) == (None, None, "undecided", 0)
+    assert ": not measured, rule > 1: undecided" in claims.sentence(judged)
+
+
+def test_interval_is_the_t_interval_of_the_mean():
+    low, high = claims.interval(np.array([1.0, 2.0, 3.0]))
+    assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["above 0", "> x", "in (0, 1)"])
+def test_a_rule_that_cannot_be_read_is_refused(rule):
+    with pytest.raises(InputError, match="is not '> x'"):
+        claims.judge(part(rule), claims.by_seed(runs_with([1.0, 2.0])))
+
+
+def test_a_claim_without_records_is_not_attempted_and_says_what_to_run():
+    entry = claims.verdicts({})[0]
+    assert entry["verdict"] == "not attempted" and entry["reason"].startswith("no record: python -m lddyn run 01_mnist")
+
+
+def test_json_has_the_promised_fields(capsys):
+    assert main(["claims", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    promised = {"id", "claim", "source", "paper", "ours", "interval", "seeds", "scale", "verdict", "reason"}
+    assert len(entries) == 49 and all(promised <= entry.keys() for entry in entries)
+    assert {entry["verdict"] for entry in entries} <= set(claims.VERDICTS)
+
+
+def test_every_claim_points_to_a_section_that_is_there():
+    for entry in claims.ledger():
+        if entry.get("see"):
+            cells = json.loads((store.ROOT / "notebooks" / f"{entry['chapter']}.ipynb").read_text())["cells"]
+            headings = [
+                line.lstrip("# ") for c in cells for line in "".join(c["source"]).splitlines() if line[:1] == "#"
+            ]
+            assert entry["see"] in headings, f"claim {entry['id']}: {entry['chapter']} has no section {entry['see']!r}"
+
+
+def test_a_claim_may_be_judged_by_a_recorded_sweep(monkeypatch):
+    cells = [pd.DataFrame({"sft_chosen_change": [3.0 + seed / 10, 5.0]}) for seed in range(3)]
+    entry = {"id": 1, "claim": "c", "source": "s", "paper": "p", "chapter": "03_sft", "sweep": "trends"}
+    entry["parts"] = [{"statistic": "everywhere_chosen", "holds": "> 1", "says": "smallest"}]
+    monkeypatch.setattr(claims, "ledger", lambda: [entry])
+    monkeypatch.setattr(claims, "of_sweep", lambda name: cells)
+    (found,) = claims.verdicts({})
+    assert (found["verdict"], found["seeds"], found["scale"]) == ("replicated", 3, "recorded")
+    assert found["ours"] == pytest.approx(3.1)
+    monkeypatch.setattr(claims, "of_sweep", lambda name: [])
+    (found,) = claims.verdicts({})
+    assert found["verdict"] == "not attempted" and found["reason"].endswith("lddyn sweep book/sweeps/trends.yml")
+
+
+def test_a_part_may_be_measured_in_another_chapter_and_the_scorecard_joins_them(monkeypatch):
+    two = {"id": 1, "claim": "c", "source": "s", "paper": "p", "chapter": "01_mnist"}
+    two["parts"] = [part("< 1"), part("> 1") | {"chapter": "02_decomposition", "statistic": "lm_lbk_share"}]
+    monkeypatch.setattr(claims, "ledger", lambda: [two])
+    one = {"scale": "smoke", "runs": runs_with([0.1, 0.1, 0.1])}
+    other = one | {"runs": [r._replace(table=r.table.assign(metric="lbk_share")) for r in one["runs"]]}
+    (alone,) = claims.verdicts({"02_decomposition": other})
+    assert alone["verdict"] == "not replicated" and "no record: python -m lddyn run 01_mnist" in alone["reason"]
+    (both,) = claims.verdicts({"01_mnist": one, "02_decomposition": other})
+    assert both["verdict"] == "partly" and [p["chapter"] for p in both["parts"]] == ["01_mnist", "02_decomposition"]

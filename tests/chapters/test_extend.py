@@ -1,0 +1,188 @@
+"""Chapter 7: two stages on one axis, fair comparisons, and statistics that leave out what a seed does not measure."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lddyn import InputError
+from lddyn.chapters import claims, statistics
+from lddyn.chapters.extend import design, evidence, figures, judging
+from lddyn.chapters.extend import run as extend
+from lddyn.data import world
+from lddyn.engine import cache, store
+
+SETTINGS = {
+    "seed": 0, "design": "main", "data": "world", "n_train": 8, "n_probe": 2, "n_probe_test": 1, "sft_epochs": 1,
+    "sft_evaluations": 3, "sft_lr": 1e-3, "sft_batch_size": 4, "epochs": 3, "evaluations": 3, "lr": 1e-3,
+    "batch_size": 4, "beta": 0.1, "optimizer": "adamw", "warmup": 0, "clip": 10.0, "max_prompt": 80,
+    "max_response": 24, "judged": 3, "judgements": 4, "device": "cpu", "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(model_folder, tmp_path_factory):
+    root, model = tmp_path_factory.mktemp("runs"), str(model_folder("gpt_neox"))
+    return [cache.run(extend.follow, SETTINGS | {"arm": arm, "model": model}, root=root) for arm in design.ARMS]
+
+
+def test_dpo_begins_at_zero_and_extended_has_twice_the_steps_of_sft(runs):
+    steps = [sorted(r.table[r.table.metric == "logp_sum"].step.unique()) for r in runs]
+    assert steps == [[-2, -1, 0, 2, 4, 6], [-4, -2, 0, 2, 4, 6], [-4, -2, 0, 2, 4, 6]]
+    assert [s for s in steps[1] if s > 0] == [s for s in steps[0] if s > 0]
+    first = [r.table[(r.table.step < -1) & (r.table.metric == "logp_sum")] for r in runs]
+    at_start = [t[t.step == t.step.min()].groupby("response_type", observed=True).value.sum() for t in first]
+    pd.testing.assert_series_equal(at_start[0], at_start[1])
+
+
+def test_the_arms_differ_in_sft_only_as_they_say(runs):
+    rejected = {}
+    for run in runs:
+        curve = statistics.curve(run.table, "rejected")
+        rejected[run.manifest["parameters"]["arm"]] = curve[0] - curve.iloc[0]
+    assert rejected["extended"] > rejected["baseline"]
+
+
+def test_answers_are_there_for_every_judgement_and_scored_by_the_exact_judge(runs):
+    answers = extend.read_answers(runs)
+    assert set(answers.epoch) == {0, 1, 2, 3} and set(answers.decoding) == {"greedy", "sampled"}
+    assert (answers.groupby(["arm", "epoch", "decoding"]).size() == 3).all()
+    one = answers[(answers.arm == "extended") & (answers.decoding == "sampled")].iloc[0]
+    table = runs[1].table
+    row = table[(table.prompt_id == one.prompt_id) & (table.step == one.step) & (table.response_type == "sampled")]
+    assert row[row.metric == "score"].value.item() == world.judge(one.prompt, one.text).score
+    outcomes = extend.compare(answers, judging.exact(world.judge))
+    assert len(outcomes) == 24 and not outcomes.outcome.eq("malformed").any()
+    assert len(extend.win_rates(outcomes)) == 8
+
+
+def test_an_interrupted_run_ends_with_the_same_numbers(runs, tmp_path, monkeypatch):
+    measure, calls = extend.Answering._measure, []
+
+    def fails_once(self, args, state, model):
+        calls.append(state.global_step)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        measure(self, args, state, model)
+
+    monkeypatch.setattr(extend.Answering, "_measure", fails_once)
+    parameters = runs[1].manifest["parameters"]
+    with pytest.raises(KeyboardInterrupt):
+        cache.run(extend.follow, parameters, root=tmp_path)
+    resumed = cache.run(extend.follow, parameters, root=tmp_path)
+    assert resumed.manifest["resumed"]
+    pd.testing.assert_frame_equal(resumed.table, runs[1].table)
+    assert json.loads((resumed.folder / "answers.json").read_text()) == json.loads(
+        (runs[1].folder / "answers.json").read_text()
+    )
+
+
+def test_an_unknown_arm_is_named(model_folder, tmp_path):
+    with pytest.raises(InputError, match="did you mean 'extended'"):
+        extend.follow(tmp_path, **SETTINGS, arm="extend", model=str(model_folder("gpt_neox")))
+
+
+def test_other_designs_are_run_on_the_first_seed_only_and_change_what_they_say(monkeypatch):
+    monkeypatch.setattr(extend.models, "builtin", lambda size: "folder")
+    grid, _ = extend.world_grid(extend.settings("laptop"), [5, 6], "cpu", "float32")
+    main = [s for s in grid if s["design"] == "main"]
+    others = [s for s in grid if s["design"] != "main"]
+    assert [(s["seed"], s["arm"]) for s in main] == [(seed, arm) for seed in (5, 6) for arm in design.ARMS]
+    assert {s["seed"] for s in others} == {5} and {s["design"] for s in others} == set(design.WORLD)
+    slow = next(s for s in others if s["design"] == "a third of the rate")
+    assert slow["lr"] == pytest.approx(main[0]["lr"] / 3) and slow["data"] == "world"
+    assert all(
+        {k: s[k] for k in ("n_train", "epochs", "judged")} == {k: main[0][k] for k in ("n_train", "epochs", "judged")}
+        for s in others
+    )
+
+
+# --- statistics
+
+
+def line(arm: str, rejected_rate: float, chosen_rate: float, seed: int = 0) -> list[tuple]:
+    """SFT of four steps, then DPO of eight in which chosen and rejected move by so many nats a step."""
+    rows = []
+    for step in range(-4, 9):
+        up, dpo = (step + 4) * 2.0 if step < 0 else 8.0, max(step, 0)
+        values = {"chosen": -100 + up + chosen_rate * dpo, "rejected": -120 + rejected_rate * dpo}
+        values |= dict.fromkeys(evidence.OTHERS, -90 + 2 * chosen_rate * dpo)
+        for kind, value in values.items():
+            rows.append((step, 0, "train/1", kind, "logp_sum", value, arm, seed))
+            rows.append((step, 0, "train/1", kind, "argmax_logp_sum", value / 2, arm, seed))
+    return rows
+
+
+def table(*rows) -> pd.DataFrame:
+    whole = pd.DataFrame([r for part in rows for r in part], columns=[*store.COLUMNS, "arm", "seed"])
+    return whole.assign(design="natural")
+
+
+def test_equal_margin_compares_where_the_gaps_have_grown_equally():
+    slow_copy = table(line("baseline", -4.0, -1.0), line("extended", -2.0, -0.5))
+    assert evidence.extend_chosen(slow_copy) == pytest.approx(4.0)  # half as far in everything
+    assert evidence.extend_chosen_margin(slow_copy) == pytest.approx(0.0)
+    assert evidence.extend_others_margin(slow_copy) == pytest.approx(0.0)
+    kinder = table(line("baseline", -4.0, -1.0), line("extended", -4.0, -0.5))
+    assert evidence.extend_chosen_margin(kinder) > 2
+
+
+def test_sft_is_measured_up_to_the_start_of_dpo_only():
+    both = table(line("baseline", -4.0, -1.0), line("extended", -2.0, -0.5))
+    assert evidence.extend_sft_chosen(both) == pytest.approx(1.0)
+    assert evidence.extend_sft_rejected(both) == pytest.approx(0.0)
+    assert evidence.extend_top_start(both) == pytest.approx(np.mean([-0.25, -0.5]))
+
+
+def scores(arm: str, by_step: list[list[float]], seed: int = 0) -> list[tuple]:
+    return [
+        (step, 0, f"test/{n}", "sampled", "score", value, arm, seed)
+        for step, values in enumerate(by_step)
+        for n, value in enumerate(values)
+    ]
+
+
+def test_leads_count_prompts_and_not_points():
+    ours = scores("extended", [[0, 0], [2, 2], [2, 1], [2, -9]])
+    theirs = scores("baseline", [[2, 2], [2, 1], [1, 0], [1, 0]])
+    both = table(ours, theirs).assign(design="main")
+    assert evidence.extend_leads(both).tolist() == [-1.0, 0.5, 1.0, 0.0]
+    assert evidence.extend_best_at_4(both) == 0.5
+    assert (evidence.extend_lead_0(both), evidence.extend_lead_6(both)) == (-1.0, 0.0)
+
+
+def test_a_seed_that_does_not_measure_a_statistic_does_not_count():
+    natural = [table(line("baseline", -4.0, -1.0), line("extended", -4.0, rate)) for rate in (-0.5, -0.51)]
+    in_world = table(scores("extended", [[1]] * 4), scores("baseline", [[0]] * 4)).assign(design="main")
+    for name in (
+        "extend_chosen",
+        "extend_others_margin",
+        "extend_sft_rejected",
+        "extend_sft_chosen",
+        "extend_top_start",
+    ):
+        assert math.isnan(getattr(evidence, name)(in_world)), name
+    assert math.isnan(evidence.extend_lead_4(natural[0])) and math.isnan(evidence.extend_best_at_4(natural[0]))
+    part = {"chapter": "07_extend", "statistic": "extend_chosen", "holds": "> 0", "says": "chosen"}
+    found = claims.judge(part, [*natural, in_world])
+    assert found["seeds"] == 2 and found["ours"] == pytest.approx(3.96) and found["outcome"] == "holds"
+
+
+def test_every_figure_can_be_drawn_from_the_runs(runs):
+    whole = store.frame(runs).assign(seed=0)
+    rates = extend.win_rates(extend.compare(extend.read_answers(runs), judging.exact(world.judge)))
+    natural = whole.assign(design="natural")
+    drawn = [
+        figures.extend_curves(natural, 1, 3),
+        figures.extend_start(natural, 3),
+        figures.extend_at_margin(natural),
+        figures.win_rates_over_epochs(rates, rates),
+        figures.won_tied_lost(rates),
+        figures.what_the_judge_found(whole.assign(design="main"), 3),
+        figures.lead_by_design(pd.concat([rates, rates.assign(design="twice the SFT")])),
+    ]
+    assert all(figure.axes for figure in drawn)
+    softer = evidence.extend_softening(whole.assign(design="main"))
+    assert set(softer.name) == {"DPO (7)", "extended (7)", "more SFT (7)"} and softer.won.between(0, 1).all()
