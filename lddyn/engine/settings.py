@@ -1,4 +1,7 @@
-"""Parameters that were checked before anything starts: types, ranges, names.
+"""Settings: frozen dataclasses that are passed whole; parameters that are checked before anything starts.
+
+A chapter's settings are a frozen dataclass made by `choose` from a scale and what a notebook gives; those of a run are
+another one, derived from it by `derive`.
 
 One plain assignment a line, in a notebook's cell tagged `parameters` or in `launch`:
 
@@ -13,12 +16,43 @@ import io
 import re
 import tokenize
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
 from lddyn import InputError, unknown
+
+S = TypeVar("S")
+
+
+def choose(cls: type[S], scales: Mapping[str, Mapping], scale: str, given: Mapping[str, object]) -> S:
+    """The settings that a scale stands for, with those of `given` in their place that are fields of `cls` and not None.
+
+    `cls` is a frozen dataclass. `given` may hold other names too, such as a notebook's globals. Raises `InputError` for
+    an unknown scale.
+    """
+    if scale not in scales:
+        raise unknown("scale", scale, scales)
+    mine = {f.name: given[f.name] for f in fields(cls) if given.get(f.name) is not None}
+    return derive(cls, **{**scales[scale], **mine})
+
+
+def derive(cls: type[S], *sources: object, **values: object) -> S:
+    """An instance of the frozen dataclass `cls`: each field from `values`, or from the last of `sources` that has it.
+
+    `sources` are instances of other dataclasses. A field that none of them has takes its default.
+    """
+    names = {f.name for f in fields(cls)}
+    found = {name: getattr(source, name) for source in sources for name in names if hasattr(source, name)}
+    return cls(**found | {name: value for name, value in values.items() if name in names})
+
+
+def lengths(settings) -> dict[str, int]:
+    """Where prompts and responses are cut, in tokens, as keywords of `ProbeSet.encode` and others."""
+    return {"max_prompt": settings.max_prompt, "max_response": settings.max_response}
+
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
