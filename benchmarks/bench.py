@@ -22,7 +22,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from lddyn import InputError
 from lddyn.__main__ import positive
 from lddyn.engine import cache, probes, reach, store
-from lddyn.engine.probes import Encoded
+from lddyn.engine.probe_set import Encoded
 from lddyn.publish import pages
 from lddyn.theory import first_order, influence, kernels
 from lddyn.theory.first_order import Text

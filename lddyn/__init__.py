@@ -1,15 +1,15 @@
 """Learning dynamics of LLM finetuning: the helper package of the companion.
 
-Floors, imports only go down (tests/test_project.py has the list):
-
-    run       __main__ book pdf bench runner launch sweep report
-    verdicts  claims kept evidence figures display
-    training  training sft dpo decomposition variants extend tune rephrase judging
-    models    probes models preferences prose digits world chat estimate
-    maths     logprobs residuals influence first_order kernels squeezing, and records, reuse
+Rooms, imports only go down: theory and data, engine, chapters, workshop, publish, __main__.
 """
 
+import os
 import warnings
+
+# before transformers and TRL are imported: TRL tells the hub of each trainer that is built
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 __version__ = "0.1.0"
 

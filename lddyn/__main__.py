@@ -133,7 +133,7 @@ def _train(a) -> int:
 def _estimate(a) -> int:
 
     chosen = launch.settings(a.settings, dict(a.words))
-    tune.share_of_batch(chosen["batch_size"], chosen["accumulation"], a.processes)
+    tune.share_of_batch(chosen.batch_size, chosen.accumulation, a.processes)
     print(estimate.report(estimate.estimate(chosen, a.processes, a.sharded)))
     estimate.refuse_what_does_not_fit(chosen, a.processes, a.sharded, a.memory)
     return 0

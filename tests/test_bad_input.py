@@ -12,7 +12,8 @@ from lddyn.__main__ import main
 from lddyn.chapters import claims
 from lddyn.chapters.dpo import run as dpo
 from lddyn.data import images, preferences
-from lddyn.engine import cache, models, probes, recipe, store
+from lddyn.engine import cache, models, recipe, store
+from lddyn.engine.probe_set import ProbeSet
 from lddyn.publish import notebooks
 
 ROW = {"prompt": "How?", "chosen": " So.", "rejected": " Not so."}
@@ -95,7 +96,7 @@ CALLS = {
     "pairs that are none": (lambda t, m: dpo.paired([ROW], "swaped"), "did you mean 'swapped'?"),
     "pairs that the data lack": (lambda t, m: dpo.paired([ROW], "rephrase"), "which the data lacks"),
     "probes that are no JSON": (
-        lambda t, m: probes.ProbeSet.from_jsonl((t / "p.jsonl").write_text("{") and t / "p.jsonl"), "not JSON",
+        lambda t, m: ProbeSet.from_jsonl((t / "p.jsonl").write_text("{") and t / "p.jsonl"), "not JSON",
     ),
     "images in a broken archive": (
         lambda t, m: images.read_idx((t / "i.gz").write_bytes(b"\x1f\x8b") and t / "i.gz"), "not a complete gzip file",

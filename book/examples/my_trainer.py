@@ -9,8 +9,8 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from lddyn.engine.probes import ProbeSet
-from lddyn.engine.training import ProbeCallback
+from lddyn.engine.callback import ProbeCallback
+from lddyn.engine.probe_set import ProbeSet
 from lddyn.workshop import report
 
 name, pairs, out = sys.argv[1:4]

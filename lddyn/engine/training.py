@@ -1,18 +1,11 @@
-"""SFT and DPO with TRL, looked at with probes while they run. The only module that imports TRL.
-
-Anyone's trainer gains the paper's curves with three lines:
-
-    probes = ProbeSet.from_jsonl("my_prompts.jsonl")
-    callback = ProbeCallback(probes, every=25, output_dir="runs/mine")
-    trainer = DPOTrainer(..., callbacks=[callback])
-"""
+"""SFT and DPO with TRL, looked at with probes while they run. The only module that imports TRL."""
 
 import inspect
 import math
-import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -21,126 +14,21 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy, pad
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, PrinterCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
-from lddyn import InputError, unknown
-from lddyn.engine import cache, models, probes, reach, store
-from lddyn.engine.probes import Encoded, ProbeSet
+from lddyn import unknown
+from lddyn.engine import models, store
+from lddyn.engine.callback import ProbeCallback
+from lddyn.engine.probe_set import ProbeSet
 from lddyn.theory import losses
-
-# before transformers and TRL are imported: TRL tells the hub of each trainer that is built
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd"}  # transformers' names; RMSprop: the authors'
 
 warnings.filterwarnings("ignore", ".(is_)?gradient_checkpointing", FutureWarning)  # what trl and peft still call
 
 LOGGED = 10  # steps between two rows of the trainer's own numbers
-
-
-# --- the probe callback ------------------------------------------------------------------------------------
-
-
-class ProbeCallback(TrainerCallback):
-    """Measure a probe set before, during and after a training run of any `transformers` or TRL trainer.
-
-    `every` counts optimiser steps; `at` names steps one by one instead. Training is bit-identical with and without
-    it. With an `output_dir` the long table and a manifest are written there at the end; `table()` gives the rows so
-    far. Every checkpoint of the trainer carries them, so that a resumed run continues the table. Prompts and
-    responses are cut as in `ProbeSet.encode`, and probed `batch_tokens` tokens at once, or as many as suit the device
-    (keys and values of large models fill a GPU). Raises `InputError` when the tokenizer is missing.
-    """
-
-    def __init__(
-        self,
-        probe_set: ProbeSet,
-        every: int = 25,
-        output_dir: str | Path | None = None,
-        at: Sequence[int] | None = None,
-        max_prompt: int = 256,
-        max_response: int = 256,
-        batch_tokens: int | None = None,
-    ):
-        self.probe_set, self.every, self.at = probe_set, every, None if at is None else set(at)
-        self.output_dir = None if output_dir is None else Path(output_dir)
-        self.lengths, self.batch_tokens = {"max_prompt": max_prompt, "max_response": max_response}, batch_tokens
-        self.encoded: Encoded | None = None
-        self.parts: list[pd.DataFrame] = []
-
-    def table(self) -> pd.DataFrame:
-        """The long table of everything measured so far."""
-        return pd.concat(self.parts, ignore_index=True)[store.COLUMNS]
-
-    def on_train_begin(self, args, state, control, model=None, processing_class=None, **_):
-        if processing_class is None:
-            raise InputError("ProbeCallback needs the trainer's tokenizer: pass processing_class=... to the trainer")
-        if self.output_dir and state.is_world_process_zero:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.encoded = self.probe_set.encode(processing_class, **self.lengths)
-        if state.global_step:
-            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "probes.parquet"
-            self.parts = [pd.read_parquet(saved)] if saved.exists() else []
-        else:
-            self._measure(args, state, model)
-
-    def on_step_end(self, args, state, control, model=None, **_):
-        due = state.global_step % self.every == 0 if self.at is None else state.global_step in self.at
-        if due:
-            self._measure(args, state, model)
-
-    def on_save(self, args, state, control, **_):
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            store.write_atomically(folder / "probes.parquet", lambda p: self.table().to_parquet(p, index=False))
-
-    def on_train_end(self, args, state, control, model=None, **_):
-        if state.global_step not in {int(part.step.iloc[-1]) for part in self.parts}:
-            self._measure(args, state, model)
-        if self.output_dir and state.is_world_process_zero:
-            self._write(args, state)
-
-    def _measure(self, args, state, model) -> None:
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        with in_full_precision(models.whole(model)) as plain:
-            part = probes.measure(plain, self.encoded, self.batch_tokens)
-        self.parts.append(part.assign(step=state.global_step, examples=state.global_step * batch))
-
-    def _write(self, args, state) -> None:
-        table = self.table()
-        store.check(table)
-        store.write_atomically(self.output_dir / "table.parquet", lambda p: table.to_parquet(p, index=False))
-        manifest = {
-            "format": 1,
-            "function": "lddyn.engine.training:ProbeCallback",
-            "parameters": {"seed": args.seed, "learning_rate": args.learning_rate, "steps": state.global_step},
-            "inputs": {},
-            "code": reach.definitions("lddyn.engine.training", "ProbeCallback"),
-            "versions": reach.versions("lddyn.engine.training", "ProbeCallback"),
-            "machine": str(args.device),
-            "git": cache.git_state(),
-            "started": None,
-            "finished": store.now(),
-            "rows": len(table),
-            "table_sha256": store.file_hash(self.output_dir / "table.parquet"),
-        }
-        store.write_json(self.output_dir / "manifest.json", manifest)
-
-
-@contextmanager
-def in_full_precision(model):
-    """The model without the bfloat16 context that accelerate wraps around its `forward` and around nothing below it."""
-    wrapped = vars(model).get("forward")
-    if hasattr(model, "_original_forward"):
-        model.forward = model._original_forward
-    try:
-        yield model
-    finally:
-        if wrapped is not None:
-            model.forward = wrapped
 
 
 # --- the trainers ------------------------------------------------------------------------------------------
@@ -288,78 +176,88 @@ def _last_checkpoint(work: Path) -> str | None:
     return str(max(whole, key=lambda p: int(p.name.split("-")[1]))) if whole else None
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    `method` is `sft` (loss `sequence_sum` as in the authors' code, or `token_mean` as in TRL) or `dpo`. The losses of
+    `dpo` are TRL's (`sigmoid` is DPO; names joined by "+" are added, see its `loss_weights`) and `PAIR_LOSSES`;
+    `options` are further settings of TRL's DPOConfig or keywords of the function. `batch_size` counts the examples of
+    one backward pass of one process, of which an update takes `accumulation`. Learning rate constant after `warmup`
+    steps of linear rise that already move at the first one.
+    """
+
+    seed: int
+    lr: float
+    epochs: float
+    batch_size: int
+    method: str = "sft"
+    loss: str = "sequence_sum"
+    beta: float = 0.1
+    options: Mapping[str, object] = field(default_factory=dict)
+    optimizer: str = "adamw"
+    warmup: int = 0
+    clip: float = 10.0  # norm that gradients are cut to
+    accumulation: int = 1
+    bf16: bool = False
+    checkpoints: int = 4
+
+
 def train(
     work: Path,
     model: torch.nn.Module,
     tokenizer,
     rows: datasets.Dataset,
     callback: ProbeCallback,
-    *,
-    seed: int,
-    lr: float,
-    epochs: float,
-    batch_size: int,
-    method: str = "sft",
-    loss: str = "sequence_sum",
-    beta: float = 0.1,
-    options: Mapping[str, object] | None = None,
+    how: Training,
     reference: torch.nn.Module | None = None,
-    optimizer: str = "adamw",
-    warmup: int = 0,
-    clip: float = 10.0,
-    accumulation: int = 1,
-    bf16: bool = False,
-    checkpoints: int = 4,
 ) -> list[dict]:
     """Train a model in place with TRL; returns the trainer's log, one dict for each logged step.
 
-    `method` is `sft` (loss `sequence_sum` as in the authors' code, or `token_mean` as in TRL) or `dpo`. The losses of
-    `dpo` are TRL's (`sigmoid` is DPO; names joined by "+" are added, see its `loss_weights`) and `PAIR_LOSSES`;
-    `options` are further settings of TRL's DPOConfig or keywords of the function. The reference is the model as it
-    comes in, unless one is given. Learning rate constant after `warmup` steps of linear rise that already move at the
-    first one. Continues from the last whole checkpoint in `work`. Raises `InputError` for unknown names.
+    The reference is the model as it comes in, unless one is given. Continues from the last whole checkpoint in `work`.
+    Raises `InputError` for names that `how` has and nobody knows.
     """
-    if optimizer not in OPTIMIZERS:
-        raise unknown("optimizer", optimizer, OPTIMIZERS)
+    if how.optimizer not in OPTIMIZERS:
+        raise unknown("optimizer", how.optimizer, OPTIMIZERS)
     quiet()
-    steps = -(-len(rows) // (batch_size * accumulation)) * epochs
+    steps = -(-len(rows) // (how.batch_size * how.accumulation)) * how.epochs
     common = {
         "output_dir": str(work),
-        "per_device_train_batch_size": batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "num_train_epochs": epochs,
-        "optim": OPTIMIZERS[optimizer],
+        "per_device_train_batch_size": how.batch_size,
+        "gradient_accumulation_steps": how.accumulation,
+        "num_train_epochs": how.epochs,
+        "optim": OPTIMIZERS[how.optimizer],
         "weight_decay": 0.0,
-        "learning_rate": lr,
-        "warmup_steps": warmup,
-        "max_grad_norm": clip,
+        "learning_rate": how.lr,
+        "warmup_steps": how.warmup,
+        "max_grad_norm": how.clip,
         "max_length": None,  # the rows are cut already
-        "bf16": bf16,
+        "bf16": how.bf16,
         "activation_checkpointing": False,
         "use_cpu": next(model.parameters()).device.type == "cpu",
         "report_to": "none",
         "logging_steps": LOGGED,
         "save_strategy": "steps",
         # only where the trainer logs: its averages since the last log are in no checkpoint
-        "save_steps": LOGGED * math.ceil(steps / checkpoints / LOGGED),
+        "save_steps": LOGGED * math.ceil(steps / how.checkpoints / LOGGED),
         "save_total_limit": 1,
-        "seed": seed,
-        "data_seed": seed,
+        "seed": how.seed,
+        "data_seed": how.seed,
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
     }
     parts = {"model": model, "processing_class": tokenizer, "train_dataset": rows, "callbacks": [callback]}
-    if method == "sft":
-        if loss not in SFT_LOSSES:
-            raise unknown("loss", loss, SFT_LOSSES)
-        trainer = SFT_LOSSES[loss](args=SFTConfig(**common), **parts)
-    elif method == "dpo":
+    if how.method == "sft":
+        if how.loss not in SFT_LOSSES:
+            raise unknown("loss", how.loss, SFT_LOSSES)
+        trainer = SFT_LOSSES[how.loss](args=SFTConfig(**common), **parts)
+    elif how.method == "dpo":
         _lean_head(model.get_output_embeddings().weight.shape[0])
         # always given: TRL would reload the reference from where the model once came from, not from what it is now
         parts["ref_model"] = models.snapshot(model) if reference is None else reference
-        trainer = _pair_trainer(common | {"beta": beta}, loss, dict(options or {}), parts)
+        trainer = _pair_trainer(common | {"beta": how.beta}, how.loss, dict(how.options), parts)
     else:
-        raise unknown("method", method, ["sft", "dpo"])
+        raise unknown("method", how.method, ["sft", "dpo"])
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     return trainer.state.log_history

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -130,44 +130,44 @@ def _shape_of(model: str, size: str) -> Shape:
 # --- memory and time ---------------------------------------------------------------------------------------
 
 
-def estimate(chosen: Mapping, world: int = 1, sharded: bool = False, rate: float | None = None) -> Estimate:
+def estimate(chosen, world: int = 1, sharded: bool = False, rate: float | None = None) -> Estimate:
     """Memory in GiB of one of `world` processes, and hours, of a training with settings from `launch.settings`.
 
     Every text is taken to be as long as it may be. `sharded`: by FSDP2; probing then gathers the weights. `rate`:
     floating-point operations a second of one device (default: measured on a matrix product).
     """
-    s = _shape_of(chosen["start"] or chosen["model"], chosen["size"])
-    device = "cuda" if chosen["device"].startswith("cuda") else "cpu"
-    pairs = 2 if chosen["method"] == "dpo" else 1
-    length = chosen["max_prompt"] + chosen["max_response"]
-    tokens = length * pairs * chosen["batch_size"] // (chosen["accumulation"] * world)
-    weight = BYTES[chosen["dtype"]]
-    kept = 2 if chosen["bf16"] else weight
-    trained = s.adapted * chosen["lora"] if chosen["lora"] else s.parameters
-    trained_bytes = 4 if chosen["lora"] else weight  # adapters are float32
-    answered = tokens * chosen["max_response"] // length  # the output layer sees only these
+    s = _shape_of(chosen.start or chosen.model, chosen.size)
+    device = "cuda" if chosen.device.startswith("cuda") else "cpu"
+    pairs = 2 if chosen.method == "dpo" else 1
+    length = chosen.max_prompt + chosen.max_response
+    tokens = length * pairs * chosen.batch_size // (chosen.accumulation * world)
+    weight = BYTES[chosen.dtype]
+    kept = 2 if chosen.bf16 else weight
+    trained = s.adapted * chosen.lora if chosen.lora else s.parameters
+    trained_bytes = 4 if chosen.lora else weight  # adapters are float32
+    answered = tokens * chosen.max_response // length  # the output layer sees only these
     at_head = min(answered, 4096) * min(s.vocab, 2**15) if pairs == 2 else answered * s.vocab  # TRL's DPO has tiles
-    probed = chosen["n_probe"] + chosen["n_probe_test"]
-    probed_tokens = probed * (chosen["max_prompt"] + TYPES * length)
-    cached = min(chosen["probe_tokens"] or probes.BATCH_TOKENS[device], probed_tokens)
+    probed = chosen.n_probe + chosen.n_probe_test
+    probed_tokens = probed * (chosen.max_prompt + TYPES * length)
+    cached = min(chosen.probe_tokens or probes.BATCH_TOKENS[device], probed_tokens)
     whole, share = s.parameters * weight, 1 / world if sharded else 1
     bytes_of = {
-        "weights": s.parameters * (weight + 2 * chosen["bf16"]) * share,  # autocast keeps a copy
+        "weights": s.parameters * (weight + 2 * chosen.bf16) * share,  # autocast keeps a copy
         "gradients": trained * trained_bytes * (share if sharded else 1 + (world > 1)),  # DDP has a copy to send
-        "optimizer": trained * trained_bytes * STATES[chosen["optimizer"]] * share,
+        "optimizer": trained * trained_bytes * STATES[chosen.optimizer] * share,
         "reference": whole * (share + 2 * sharded) if pairs == 2 else 0,  # TRL gathers it at once, through a buffer
         "activations": tokens * s.layers * (10 * s.width + s.feedforward) * kept,
         "logits": 3 * at_head * 4,
         "probing": 2 * cached * s.layers * 2 * s.key_value * weight + sharded * whole,
     }
-    examples = chosen["n_train"] * chosen["epochs"]
+    examples = chosen.n_train * chosen.epochs
     passes = 8 if pairs == 2 else 6  # forward and backward cost 6 operations a parameter and token, the reference 2
-    unique = probed * (chosen["max_prompt"] + TYPES * chosen["max_response"])
-    probing = 2 * s.parameters * unique * chosen["evaluations"] * world
+    unique = probed * (chosen.max_prompt + TYPES * chosen.max_response)
+    probing = 2 * s.parameters * unique * chosen.evaluations * world
     flops = passes * s.parameters * length * pairs * examples + probing
-    rate = rate or measured_rate(device, chosen["bf16"] or chosen["dtype"] == "bfloat16")
+    rate = rate or measured_rate(device, chosen.bf16 or chosen.dtype == "bfloat16")
     hours = flops / world / (rate * REACHED) / 3600
-    return Estimate(chosen["model"], s, {k: v / GIB for k, v in bytes_of.items()}, flops, hours, device)
+    return Estimate(chosen.model, s, {k: v / GIB for k, v in bytes_of.items()}, flops, hours, device)
 
 
 @cache
@@ -226,22 +226,22 @@ def duration(hours: float) -> str:
     return f"{max(1, hours * 3600):.0f} seconds"
 
 
-def alternatives(chosen: Mapping, world: int = 1, sharded: bool = False) -> list[dict]:
+def alternatives(chosen, world: int = 1, sharded: bool = False) -> list[dict]:
     """Settings that need less, nearest first: smaller passes (the same numbers), then LoRA, then smaller models.
 
     Adapters are not sharded.
     """
-    few, fewest = {"probe_tokens": 4096}, {"probe_tokens": 1024, "accumulation": chosen["batch_size"] // world}
+    few, fewest = {"probe_tokens": 4096}, {"probe_tokens": 1024, "accumulation": chosen.batch_size // world}
     lora = {"lora": 16, "dtype": "bfloat16", "bf16": False}
     changes = [few, fewest] if sharded else [few, fewest, few | lora, fewest | lora]
-    here = _shape_of(chosen["start"] or chosen["model"], chosen["size"]).parameters
+    here = _shape_of(chosen.start or chosen.model, chosen.size).parameters
     sizes = {name: _shape_of(name, "small").parameters for name in (*known(), "builtin")}
     smaller = sorted((name for name in sizes if sizes[name] < here), key=sizes.get, reverse=True)
     changes += [{"model": name, "start": None, "size": "small"} | c for name in smaller for c in changes]
-    return [{name: value for name, value in c.items() if chosen[name] != value} for c in changes]
+    return [{name: value for name, value in c.items() if getattr(chosen, name) != value} for c in changes]
 
 
-def refuse_what_does_not_fit(chosen: Mapping, world: int = 1, sharded: bool = False, free: float | None = None) -> None:
+def refuse_what_does_not_fit(chosen, world: int = 1, sharded: bool = False, free: float | None = None) -> None:
     """Raise `InputError` with the nearest setting that fits when a training needs more memory than there is.
 
     `free`: GiB for all processes of this machine (default: what is free now, of each one's GPU on CUDA).
@@ -255,7 +255,7 @@ def refuse_what_does_not_fit(chosen: Mapping, world: int = 1, sharded: bool = Fa
     if e.device == "cuda" and free == 0:
         raise InputError(f"{need}: this machine has no CUDA device; --set device cpu")
     for change in alternatives(chosen, world, sharded):
-        less = estimate({**chosen, **change}, world, sharded, rate=1e12)
+        less = estimate(replace(chosen, **change), world, sharded, rate=1e12)
         if less.gib * here <= free:
             words = " ".join(f"--set {k} {str(v).lower() if isinstance(v, bool) else v}" for k, v in change.items())
             raise InputError(f"{need}; the nearest that fits ({less.gib * here:.2g} GiB): {words}; or --force")

@@ -8,13 +8,14 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lddyn import InputError, unknown
 from lddyn.chapters.dpo import run as dpo
 from lddyn.data import preferences
 from lddyn.engine import cache, models, recipe, store
-from lddyn.engine.settings import parse_all, read_cell, read_yaml
+from lddyn.engine.settings import choose, derive, parse_all, read_cell, read_yaml
 from lddyn.workshop import estimate, tune
 
 FILES = store.ROOT / "book" / "settings"
@@ -50,7 +51,14 @@ device: str = "cpu"  # cpu or cuda
 """,
     "PARAMETERS",
 )
-NOT_FOR_RUNS = ("scale", "size")
+
+
+@dataclass(frozen=True)
+class Launch(tune.Tune):
+    """The settings of a training as they are given: `model` may be "builtin", of a `size`."""
+
+    scale: str
+    size: str
 
 
 def file_of(name: str) -> Path:
@@ -61,7 +69,7 @@ def file_of(name: str) -> Path:
     return path
 
 
-def settings(files: Sequence[str] = (), words: Mapping[str, object] | None = None) -> dict:
+def settings(files: Sequence[str] = (), words: Mapping[str, object] | None = None) -> Launch:
     """Every value of a training: from the files in order, then `words`; what is missing comes from the scale.
 
     Raises `InputError` for the first name or value that is wrong.
@@ -74,32 +82,31 @@ def settings(files: Sequence[str] = (), words: Mapping[str, object] | None = Non
     chosen = {name: p.default for name, p in PARAMETERS.items()} | given
     if chosen["start"] and not Path(chosen["start"]).is_dir():
         raise InputError(f"there is no model folder {chosen['start']!r} to start from")
-    of_scale = (recipe if chosen["method"] == "sft" else dpo).settings(chosen["scale"])
-    defaults = {"loss": tune.METHODS[chosen["method"]], "beta": 0.1} | of_scale
-    return {name: defaults.get(name) if value is None else value for name, value in chosen.items()}
+    scales = recipe.SCALES if chosen["method"] == "sft" else dpo.SCALES
+    common = {"loss": tune.METHODS[chosen["method"]], "beta": 0.1, "start": None, "probe_tokens": None}
+    return choose(Launch, {scale: common | of_scale for scale, of_scale in scales.items()}, chosen["scale"], chosen)
 
 
-def base_model(chosen: Mapping) -> str:
+def base_model(chosen: Launch) -> str:
     """The folder or hub id that `model` and `size` stand for; pre-trains a built-in model if need be.
 
     A built-in model of another architecture learns from the same texts as `small`, with the same tokenizer, at a
     learning rate that falls with its width.
     """
-    if chosen["model"] != "builtin" or chosen["size"] in models.SIZES:
+    if chosen.model != "builtin" or chosen.size in models.SIZES:
         return recipe.base_model(chosen)
-    small, shape = models.SIZES["small"], estimate.architecture(chosen["size"])
+    small, shape = models.SIZES["small"], estimate.architecture(chosen.size)
     lr = round(8e-3 * small["architecture"]["width"] / shape["width"], 6)
     return str(models.pretrained(small["libraries"], architecture=shape, steps=small["steps"], seed=0, lr=lr))
 
 
-def job(chosen: Mapping) -> tuple[dict, dict[str, Path]]:
-    """The parameters of `tune.tune` and the files that it reads; pre-trains the built-in model if need be."""
-    parameters = {name: value for name, value in chosen.items() if name not in NOT_FOR_RUNS}
-    parameters["model"] = base_model(chosen)
-    files = models.inputs(parameters["model"]) | preferences.inputs(parameters["data"])
-    if parameters["start"]:
-        files |= {f"start {name}": path for name, path in models.inputs(parameters["start"]).items()}
-    return parameters, files
+def job(chosen: Launch) -> tuple[tune.Tune, dict[str, Path]]:
+    """The settings of `tune.tune` and the files that it reads; pre-trains the built-in model if need be."""
+    settings = derive(tune.Tune, chosen, model=base_model(chosen))
+    files = models.inputs(settings.model) | preferences.inputs(settings.data)
+    if settings.start:
+        files |= {f"start {name}": path for name, path in models.inputs(settings.start).items()}
+    return settings, files
 
 
 def train(files: Sequence[str], words: Mapping[str, object], force: bool = False) -> store.Run | None:
@@ -110,7 +117,7 @@ def train(files: Sequence[str], words: Mapping[str, object], force: bool = False
     chosen = settings(files, words)
     world, rank = tune.processes()
     _settle_with_launcher(chosen, world)
-    tune.share_of_batch(chosen["batch_size"], chosen["accumulation"], world)
+    tune.share_of_batch(chosen.batch_size, chosen.accumulation, world)
     expected = estimate.estimate(chosen, world, tune.sharded())
     if rank == 0:
         print(estimate.report(expected), flush=True)
@@ -122,33 +129,33 @@ def train(files: Sequence[str], words: Mapping[str, object], force: bool = False
     return run
 
 
-def _settle_with_launcher(chosen: Mapping, world: int) -> None:
+def _settle_with_launcher(chosen: Launch, world: int) -> None:
     """Refuse what `accelerate launch` asks for and is not there; the precision is the settings', not the launcher's."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         raise InputError("DeepSpeed is not supported; use FSDP2 (accelerate launch) or whole copies (torchrun)")
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if chosen["bf16"] else "no"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if chosen.bf16 else "no"
     if not tune.sharded():
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise InputError("FSDP 1 is not supported; write fsdp_version: 2 in the file for accelerate launch")
     if world == 1:
         raise InputError("FSDP2 needs at least two processes; accelerate launch --num_processes says how many")
-    if chosen["lora"]:
+    if chosen.lora:
         raise InputError("adapters (lora) are not sharded; use torchrun, which keeps whole copies of the model")
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process samples from the whole model first
 
 
-def _together(chosen: Mapping, rank: int) -> store.Run | None:
+def _together(chosen: Launch, rank: int) -> store.Run | None:
     """One run by several processes. The first one owns the record and tells the others whether there is work."""
     import torch
     from accelerate import DistributedType, PartialState
     from accelerate.utils import broadcast_object_list
 
-    if chosen["device"] == "cpu":
+    if chosen.device == "cpu":
         torch.set_num_threads(1)
-    elif chosen["device"] == "cuda":
+    elif chosen.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    state = PartialState(cpu=chosen["device"] == "cpu")
+    state = PartialState(cpu=chosen.device == "cpu")
     if tune.sharded() and state.distributed_type is DistributedType.MULTI_CPU:
         raise InputError("accelerate shards on GPUs only; use torchrun with device cpu, or --set device cuda")
 
@@ -158,16 +165,14 @@ def _together(chosen: Mapping, rank: int) -> store.Run | None:
         return message[0]
 
     if rank == 0:
-        parameters, files = job(chosen)
-        run = cache.run(_announced(tune.tune, tell), parameters, files)
+        run = cache.run(_announced(tune.tune, tell), *job(chosen))
         tell("over")
         store.write_json(run.folder / "manifest.json", run.manifest | {"processes": state.num_processes})
     else:
         run = None
         folder = tell("")
         while folder != "over":
-            parameters, _ = job(chosen)
-            tune.tune(work=Path(folder), **parameters)
+            tune.tune(Path(folder), job(chosen)[0])
             folder = tell("")
     state.wait_for_everyone()
     torch.distributed.destroy_process_group()  # gloo's threads sometimes abort a process that ends without this
@@ -178,9 +183,9 @@ def _announced(function: Callable, tell: Callable[[str], str]) -> Callable:
     """The same function to `records`, but it first tells the other processes where it works."""
 
     @functools.wraps(function)
-    def announced(work: Path, **parameters):
+    def announced(work: Path, settings: tune.Tune):
         tell(str(work))
-        return function(work=work, **parameters)
+        return function(work, settings)
 
     return announced
 

@@ -53,7 +53,7 @@ def statistic(plan: Mapping, name: str):
     return claims.statistic(report.CHAPTERS.get(method, method), name)
 
 
-def combinations(plan: Mapping) -> list[dict]:
+def combinations(plan: Mapping) -> list[launch.Launch]:
     """The settings of each run, checked, in the order of the file: the last name varies fastest."""
     names = list(plan["over"])
     products = itertools.product(*plan["over"].values())
@@ -68,10 +68,10 @@ def change(table: pd.DataFrame, kind: str) -> float:
     return float(by_step.iloc[-1] - by_step.iloc[0])
 
 
-def row(settings: Mapping, plan: Mapping, run: store.Run) -> dict:
+def row(settings: launch.Launch, plan: Mapping, run: store.Run) -> dict:
     """One line of the table: what was varied, parameters, changes in nats, statistics, seconds."""
-    shape = estimate.shape(estimate.config_of(settings["model"], settings["size"]))
-    values = {name: settings[name] for name in plan["over"]} | {"parameters": shape.parameters}
+    shape = estimate.shape(estimate.config_of(settings.model, settings.size))
+    values = {name: getattr(settings, name) for name in plan["over"]} | {"parameters": shape.parameters}
     values |= {kind: change(run.table, kind) for kind in SHOWN if kind in set(run.table.response_type)}
     values |= {name: float(statistic(plan, name)(run.table)) for name in plan["statistics"]}
     return values | {"seconds": run.manifest["seconds"]}
@@ -112,7 +112,7 @@ def engine(name: str, workers: int | None = None, address: str | None = None):
         yield client
 
 
-def run_all(jobs: Sequence[tuple[dict, dict[str, Path]]], executor, threads: int = 1) -> list[store.Run]:
+def run_all(jobs: Sequence[tuple[tune.Tune, dict[str, Path]]], executor, threads: int = 1) -> list[store.Run]:
     """The records of all jobs, in order. What finished stays when another fails; the first failure is raised last."""
     root, runs, failures = store.runs_root().absolute(), [], []
     futures = [executor.submit(cache.run, tune.tune, *job, threads=threads, root=root) for job in jobs]

@@ -5,6 +5,7 @@ with the settings that only matter there (processes, accumulation, bfloat16, LoR
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,9 @@ import pandas as pd
 from lddyn import InputError, unknown
 from lddyn.data import preferences
 from lddyn.engine import models, recipe, store
-from lddyn.engine.training import ProbeCallback, dpo_rows, log_rows, quiet, sft_rows, train, with_adapters
+from lddyn.engine.callback import ProbeCallback
+from lddyn.engine.settings import derive, lengths
+from lddyn.engine.training import Training, dpo_rows, log_rows, quiet, sft_rows, train, with_adapters
 
 METHODS = {"sft": "sequence_sum", "dpo": "sigmoid"}  # and the loss that each has unless another is named
 
@@ -37,35 +40,38 @@ def share_of_batch(batch_size: int, accumulation: int, world: int) -> int:
     return batch_size // (accumulation * world)
 
 
-def tune(
-    work: Path,
-    *,
-    seed: int,
-    method: str,
-    model: str,
-    start: str | None,
-    data: str,
-    n_train: int,
-    n_probe: int,
-    n_probe_test: int,
-    epochs: float,
-    evaluations: int,
-    batch_size: int,
-    accumulation: int,
-    lr: float,
-    beta: float,
-    loss: str,
-    optimizer: str,
-    warmup: int,
-    clip: float,
-    max_prompt: int,
-    max_response: int,
-    probe_tokens: int | None,
-    lora: int,
-    bf16: bool,
-    device: str,
-    dtype: str,
-):
+@dataclass(frozen=True)
+class Tune:
+    """One training: `train`'s parameters (`launch.PARAMETERS`), `model` a folder or hub id."""
+
+    seed: int
+    method: str
+    model: str
+    start: str | None
+    data: str
+    n_train: int
+    n_probe: int
+    n_probe_test: int
+    epochs: float
+    evaluations: int
+    batch_size: int
+    accumulation: int
+    lr: float
+    beta: float
+    loss: str
+    optimizer: str
+    warmup: int
+    clip: float
+    max_prompt: int
+    max_response: int
+    probe_tokens: int | None
+    lora: int
+    bf16: bool
+    device: str
+    dtype: str
+
+
+def tune(work: Path, s: Tune) -> pd.DataFrame:
     """SFT or DPO of a model, with all kinds of response measured along the way; returns a long table.
 
     Training starts from the folder `start`, or from `model` itself when that is None; `chosen_initial` is sampled from
@@ -75,33 +81,31 @@ def tune(
     (adapters merged). Every process measures, the first one writes. An interrupted run continues from its last
     checkpoint.
     """
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
+    if s.method not in METHODS:
+        raise unknown("method", s.method, METHODS)
     world, rank = processes()
     quiet()
-    one_pass = share_of_batch(batch_size, accumulation, world)
-    lengths = {"max_prompt": max_prompt, "max_response": max_response}
-    lm, tokenizer = models.read(model, device=device, dtype=dtype)
-    examples, test_set = preferences.load(data, "train", limit=n_train), preferences.load(data, "test")
-    probed = recipe.probe_set(lm, tokenizer, examples, test_set, n_probe, n_probe_test, seed, lengths)
-    if start:
-        lm, tokenizer = models.read(start, device=device, dtype=dtype)
+    one_pass = share_of_batch(s.batch_size, s.accumulation, world)
+    lm, tokenizer = models.read(s.model, device=s.device, dtype=s.dtype)
+    examples, test_set = preferences.load(s.data, "train", limit=s.n_train), preferences.load(s.data, "test")
+    probed = recipe.probe_set(lm, tokenizer, examples, test_set, s)
+    if s.start:
+        lm, tokenizer = models.read(s.start, device=s.device, dtype=s.dtype)
     texts = {field: [e[field] for e in examples] for field in ("prompt", "chosen", "rejected")}
-    if method == "sft":
-        rows = sft_rows(tokenizer, texts["prompt"], texts["chosen"], **lengths)
+    if s.method == "sft":
+        rows = sft_rows(tokenizer, texts["prompt"], texts["chosen"], **lengths(s))
     else:
-        rows = dpo_rows(tokenizer, *texts.values(), **lengths)
-    steps = int(-(-len(rows) // batch_size) * epochs)
-    at = store.dense_early(steps, evaluations)
-    callback = ProbeCallback(probed, at=at, **lengths, batch_tokens=probe_tokens)
-    given = {"method": method, "loss": loss, "beta": beta, "seed": seed, "lr": lr, "epochs": epochs, "bf16": bf16}
-    given |= {"batch_size": one_pass, "accumulation": accumulation, "checkpoints": 4 * world}
-    given |= {"optimizer": optimizer, "warmup": warmup, "clip": clip}
-    if lora:
-        given["reference"] = models.snapshot(lm) if method == "dpo" else None
-        lm = with_adapters(lm, lora, seed)
-    log = train(work, lm, tokenizer, rows, callback, **given)
-    finished = lm.merge_and_unload() if lora else models.whole(lm)
+        rows = dpo_rows(tokenizer, *texts.values(), **lengths(s))
+    steps = int(-(-len(rows) // s.batch_size) * s.epochs)
+    at = store.dense_early(steps, s.evaluations)
+    callback = ProbeCallback(probed, at=at, **lengths(s), batch_tokens=s.probe_tokens)
+    how = derive(Training, s, batch_size=one_pass, checkpoints=4 * world)
+    reference = None
+    if s.lora:
+        reference = models.snapshot(lm) if s.method == "dpo" else None
+        lm = with_adapters(lm, s.lora, s.seed)
+    log = train(work, lm, tokenizer, rows, callback, how, reference)
+    finished = lm.merge_and_unload() if s.lora else models.whole(lm)
     if rank == 0:
         models.save(finished, tokenizer, work.parent / "model")
-    return store.compact(pd.concat([callback.table(), log_rows(log, batch_size)], ignore_index=True))
+    return store.compact(pd.concat([callback.table(), log_rows(log, s.batch_size)], ignore_index=True))

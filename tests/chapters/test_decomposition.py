@@ -8,8 +8,8 @@ from lddyn.chapters.decomposition import evidence
 from lddyn.chapters.decomposition import run as decomposition
 from lddyn.data import preferences
 from lddyn.engine import cache, models, recipe, store
-from lddyn.engine.probes import ProbeSet
-from lddyn.engine.training import sft_rows, train
+from lddyn.engine.probe_set import ProbeSet
+from lddyn.engine.training import Training, sft_rows, train
 from lddyn.theory import first_order, kernels
 
 torch.set_num_threads(1)
@@ -95,7 +95,14 @@ def test_watching_changes_nothing_in_the_training(lm, tmp_path):
         model = models.snapshot(lm[0]).requires_grad_()
         callback = decomposition.Watch(probed, [0, 2], 1, 2, look, **LENGTHS)
         rows = sft_rows(lm[1], prompts, chosen, **LENGTHS)
-        train(tmp_path / str(len(weights)), model, lm[1], rows, callback, seed=0, lr=1e-3, epochs=1, batch_size=2)
+        train(
+            tmp_path / str(len(weights)),
+            model,
+            lm[1],
+            rows,
+            callback,
+            Training(seed=0, lr=1e-3, epochs=1, batch_size=2),
+        )
         weights.append(first_order.parameters(model))
         assert {"predicted_1", "measured_1", "predicted_all", "logp_sum"} <= set(callback.table().metric)
     assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())

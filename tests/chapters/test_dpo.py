@@ -13,6 +13,7 @@ from lddyn.chapters.dpo import run as dpo
 from lddyn.chapters.sft import evidence as sft_evidence
 from lddyn.data import preferences
 from lddyn.engine import models, probes, recipe, store
+from lddyn.engine.probe_set import ProbeSet
 
 AUTHORS = Path(__file__).parents[3] / "shared" / "data" / "authors" / "runs"
 DPO_LOG = AUTHORS / "prob_pythia410m_dpo" / "prob_train_metrics.json"
@@ -120,7 +121,7 @@ def test_first_difference_counts_the_shared_tokens():
 def test_account_reads_the_distribution_that_predicts_each_token(model_folder):
     """One place off, and the account would be about the wrong context."""
     model, tokenizer = models.load(str(model_folder("gpt_neox")))
-    probed = probes.ProbeSet([example(0)["prompt"]], {"rejected": [example(0)["rejected"]]}, ["train/e0"])
+    probed = ProbeSet([example(0)["prompt"]], {"rejected": [example(0)["rejected"]]}, ["train/e0"])
     encoded = probed.encode(tokenizer, **LENGTHS)
     ids = encoded.responses["rejected"][0]
     logp = dpo.log_probs(model, encoded.prompts[0], ids)

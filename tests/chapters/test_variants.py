@@ -11,8 +11,10 @@ from lddyn.chapters.dpo import evidence as dpo_evidence
 from lddyn.chapters.variants import design, evidence, figures
 from lddyn.chapters.variants import run as variants
 from lddyn.data import preferences, world
-from lddyn.engine import models, probes, recipe, store, training
-from lddyn.engine.probes import Decoded, ProbeSet
+from lddyn.engine import decode, models, recipe, store, training
+from lddyn.engine.callback import ProbeCallback
+from lddyn.engine.decode import Decoded
+from lddyn.engine.probe_set import ProbeSet
 from lddyn.theory import losses
 
 matplotlib.use("Agg")
@@ -51,11 +53,9 @@ def test_the_function_drawn_in_the_figure_is_the_loss_that_is_trained(model_fold
     for loss, options in ((which.loss, which.options), ("function", which.keywords)):
         lm, tokenizer = models.load(str(model_folder("gpt_neox")))
         rows = training.dpo_rows(tokenizer, *texts, max_prompt=24, max_response=100)
-        callback = training.ProbeCallback(ProbeSet(texts[0][:1], {"chosen": texts[1][:1]}), at=[], **LENGTHS)
+        callback = ProbeCallback(ProbeSet(texts[0][:1], {"chosen": texts[1][:1]}), at=[], **LENGTHS)
         training.train(
-            tmp_path / loss, lm, tokenizer, rows, callback, method="dpo", loss=loss, options=options,
-            beta=which.beta or 0.1, seed=0, lr=1e-3, epochs=1, batch_size=1, optimizer="sgd", checkpoints=1,
-        )  # fmt: skip
+            tmp_path / loss, lm, tokenizer, rows, callback, training.Training(method="dpo", loss=loss, options=options, beta=which.beta or 0.1, seed=0, lr=1e-3, epochs=1, batch_size=1, optimizer="sgd", checkpoints=1))  # fmt: skip
         found.append(torch.cat([p.detach().flatten() for p in lm.parameters()]))
     torch.testing.assert_close(*found, rtol=0, atol=1e-6)
 
@@ -91,7 +91,7 @@ def sampler(monkeypatch, texts: dict):
             seen[prompt] += 1
         return answers
 
-    monkeypatch.setattr(probes, "sample", sample)
+    monkeypatch.setattr(decode, "sample", sample)
 
 
 def test_ranked_pairs_are_the_best_and_the_worst_and_ties_give_none(monkeypatch):

@@ -22,7 +22,9 @@ from transformers import (
 from benchmarks import bench
 from lddyn import InputError
 from lddyn.engine import probes, store
-from lddyn.engine.probes import Encoded, ProbeSet, greedy, measure, per_token, sample
+from lddyn.engine.decode import greedy, sample
+from lddyn.engine.probe_set import Encoded, ProbeSet
+from lddyn.engine.probes import measure, per_token
 from lddyn.theory.influence import normalization
 
 VOCAB = 300

@@ -8,7 +8,8 @@ import torch
 
 from lddyn import InputError
 from lddyn.engine import models, probes, store, training
-from lddyn.engine.probes import ProbeSet
+from lddyn.engine.callback import ProbeCallback
+from lddyn.engine.probe_set import ProbeSet
 from lddyn.theory import losses
 
 LENGTHS = {"max_prompt": 24, "max_response": 24}
@@ -41,15 +42,15 @@ def weights(model):
 
 
 def nothing(probe_set):
-    return training.ProbeCallback(probe_set, at=[], **LENGTHS)
+    return ProbeCallback(probe_set, at=[], **LENGTHS)
 
 
 def test_probing_leaves_training_bit_identical(tiny, model_folder, probe_set, tmp_path):
     model, tokenizer = tiny
-    often = training.ProbeCallback(probe_set, every=1, **LENGTHS)
-    training.train(tmp_path / "a", model, tokenizer, rows(tokenizer), often, **SETTINGS)
+    often = ProbeCallback(probe_set, every=1, **LENGTHS)
+    training.train(tmp_path / "a", model, tokenizer, rows(tokenizer), often, training.Training(**SETTINGS))
     other, _ = models.load(str(model_folder("gpt_neox")))
-    training.train(tmp_path / "b", other, tokenizer, rows(tokenizer), nothing(probe_set), **SETTINGS)
+    training.train(tmp_path / "b", other, tokenizer, rows(tokenizer), nothing(probe_set), training.Training(**SETTINGS))
     assert torch.equal(weights(model), weights(other))
     assert sorted(often.table().step.unique()) == list(range(13))
 
@@ -68,7 +69,7 @@ def test_killed_training_resumes_to_the_same_end(model_folder, probe_set, tmp_pa
         reference = models.snapshot(model)
         if lora:
             model = training.with_adapters(model, lora, seed=0)
-        callback = training.ProbeCallback(probe_set, every=4, **LENGTHS)
+        callback = ProbeCallback(probe_set, every=4, **LENGTHS)
         if kill_at:
             step_end = callback.on_step_end
 
@@ -82,7 +83,9 @@ def test_killed_training_resumes_to_the_same_end(model_folder, probe_set, tmp_pa
             rows(tokenizer) if method == "sft" else training.dpo_rows(tokenizer, PROMPTS, CHOSEN, REJECTED, **LENGTHS)
         )
         how = SETTINGS | {"method": method, "loss": "sequence_sum" if method == "sft" else "sigmoid", "epochs": 4}
-        log = training.train(work, model, tokenizer, data, callback, reference=reference, checkpoints=3, **how)
+        log = training.train(
+            work, model, tokenizer, data, callback, training.Training(checkpoints=3, **how), reference=reference
+        )
         return model, pd.concat([callback.table(), training.log_rows(log, batch_size=2)])
 
     with pytest.raises(Killed):
@@ -103,10 +106,12 @@ def test_half_written_checkpoint_is_not_resumed_from(tmp_path):
 
 def test_reference_of_dpo_is_the_model_as_it_comes_in_and_stays(tiny, probe_set, tmp_path):
     model, tokenizer = tiny
-    training.train(tmp_path / "sft", model, tokenizer, rows(tokenizer), nothing(probe_set), **SETTINGS)
+    training.train(
+        tmp_path / "sft", model, tokenizer, rows(tokenizer), nothing(probe_set), training.Training(**SETTINGS)
+    )
     data = training.dpo_rows(tokenizer, PROMPTS, CHOSEN, REJECTED, **LENGTHS)
     settings = SETTINGS | {"epochs": 1, "batch_size": 12, "method": "dpo", "loss": "sigmoid"}
-    log = training.train(tmp_path / "dpo", model, tokenizer, data, nothing(probe_set), **settings)
+    log = training.train(tmp_path / "dpo", model, tokenizer, data, nothing(probe_set), training.Training(**settings))
     first = next(entry for entry in log if "train_loss" in entry)
     assert first["train_loss"] == pytest.approx(0.6931, abs=1e-3), "at the first step policy and reference are equal"
 
@@ -117,7 +122,7 @@ def pair_trained(tiny, folder, probe_set, **settings):
     fresh = models.snapshot(model).requires_grad_(True)
     data = training.dpo_rows(tokenizer, PROMPTS, CHOSEN, REJECTED, **LENGTHS)
     settings = SETTINGS | {"epochs": 1, "batch_size": 4, "method": "dpo", "optimizer": "sgd"} | settings
-    log = training.train(folder, fresh, tokenizer, data, nothing(probe_set), **settings)
+    log = training.train(folder, fresh, tokenizer, data, nothing(probe_set), training.Training(**settings))
     return weights(fresh), log
 
 
@@ -170,10 +175,10 @@ def test_reference_that_is_given_takes_the_place_of_the_model_itself(tiny, model
 
 def test_snapshot_after_a_trainer_does_not_follow_the_live_model(tiny, probe_set, tmp_path):
     model, tokenizer = tiny
-    training.train(tmp_path / "a", model, tokenizer, rows(tokenizer), nothing(probe_set), **SETTINGS)
+    training.train(tmp_path / "a", model, tokenizer, rows(tokenizer), nothing(probe_set), training.Training(**SETTINGS))
     frozen, ids = models.snapshot(model), torch.tensor([[5, 6, 7]])
     before = frozen(ids).logits.clone()
-    training.train(tmp_path / "b", model, tokenizer, rows(tokenizer), nothing(probe_set), **SETTINGS)
+    training.train(tmp_path / "b", model, tokenizer, rows(tokenizer), nothing(probe_set), training.Training(**SETTINGS))
     assert torch.equal(frozen(ids).logits, before) and not torch.allclose(model(ids).logits, before)
 
 
@@ -188,7 +193,9 @@ def test_sequence_sum_is_the_summed_logp_that_the_probes_see(tiny, tmp_path):
         ("token_mean", -table["logp_sum"].sum() / table["tokens"].sum()),
     ):
         fresh = models.snapshot(model).requires_grad_(True)
-        log = training.train(tmp_path / loss, fresh, tokenizer, data, nothing(probe), loss=loss, **settings)
+        log = training.train(
+            tmp_path / loss, fresh, tokenizer, data, nothing(probe), training.Training(loss=loss, **settings)
+        )
         assert log[-1]["train_loss"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -198,7 +205,9 @@ def test_output_layer_is_spent_on_tokens_of_responses_only(tiny, probe_set, tmp_
     hook = model.get_output_embeddings().register_forward_hook(
         lambda _, hidden, logits: of_sft.append(len(logits)) if torch.is_grad_enabled() else None
     )
-    training.train(tmp_path / "sft", model, tokenizer, rows(tokenizer), nothing(probe_set), **settings)
+    training.train(
+        tmp_path / "sft", model, tokenizer, rows(tokenizer), nothing(probe_set), training.Training(**settings)
+    )
     hook.remove()
     assert of_sft == [sum(len([i for i in row if i != -100]) for row in rows(tokenizer)["labels"])]
     kernel = training.trl_utils._ChunkedLogProbFunction
@@ -212,7 +221,12 @@ def test_output_layer_is_spent_on_tokens_of_responses_only(tiny, probe_set, tmp_
     monkeypatch.setattr(training.trl_utils, "_ChunkedLogProbFunction", Recorder)
     pairs = training.dpo_rows(tokenizer, PROMPTS, CHOSEN, REJECTED, **LENGTHS)
     training.train(
-        tmp_path / "dpo", model, tokenizer, pairs, nothing(probe_set), method="dpo", loss="sigmoid", **settings
+        tmp_path / "dpo",
+        model,
+        tokenizer,
+        pairs,
+        nothing(probe_set),
+        training.Training(method="dpo", loss="sigmoid", **settings),
     )
     answers = sum(map(len, [*pairs["chosen_ids"], *pairs["rejected_ids"]]))
     assert of_dpo == [answers, answers]  # policy and reference
@@ -220,15 +234,15 @@ def test_output_layer_is_spent_on_tokens_of_responses_only(tiny, probe_set, tmp_
 
 def test_first_step_moves_the_model_also_under_warmup(tiny, probe_set, tmp_path):
     model, tokenizer = tiny
-    callback = training.ProbeCallback(probe_set, at=[1], **LENGTHS)
-    training.train(tmp_path, model, tokenizer, rows(tokenizer), callback, warmup=5, **SETTINGS)
+    callback = ProbeCallback(probe_set, at=[1], **LENGTHS)
+    training.train(tmp_path, model, tokenizer, rows(tokenizer), callback, training.Training(warmup=5, **SETTINGS))
     mean = callback.table().query("metric == 'logp_sum'").groupby("step").value.mean()
     assert mean[1] != mean[0]
 
 
 def test_weights_stay_float32_unless_bf16_is_asked_for(tiny, probe_set, tmp_path):
     model, tokenizer = tiny
-    training.train(tmp_path, model, tokenizer, rows(tokenizer), nothing(probe_set), **SETTINGS)
+    training.train(tmp_path, model, tokenizer, rows(tokenizer), nothing(probe_set), training.Training(**SETTINGS))
     arguments = torch.load(next(tmp_path.glob("checkpoint-*")) / "training_args.bin", weights_only=False)
     assert not arguments.bf16 and not arguments.fp16 and next(model.parameters()).dtype == torch.float32
 
@@ -247,7 +261,9 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(model_folder, 
     for n, seed in enumerate((3, 3, 4)):
         model, tokenizer = models.load(str(model_folder("gpt_neox")))
         settings = SETTINGS | {"seed": seed}
-        training.train(tmp_path / str(n), model, tokenizer, rows(tokenizer), nothing(probe_set), **settings)
+        training.train(
+            tmp_path / str(n), model, tokenizer, rows(tokenizer), nothing(probe_set), training.Training(**settings)
+        )
         found.append(weights(model))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
@@ -256,7 +272,9 @@ def test_unknown_names_are_one_line(tiny, probe_set, tmp_path):
     model, tokenizer = tiny
     for wrong, message in (({"optimizer": "adam"}, "did you mean 'adamw'"), ({"loss": "sum"}, "unknown loss 'sum'")):
         with pytest.raises(InputError, match=message):
-            training.train(tmp_path, model, tokenizer, rows(tokenizer), nothing(probe_set), **(SETTINGS | wrong))
+            training.train(
+                tmp_path, model, tokenizer, rows(tokenizer), nothing(probe_set), training.Training(**SETTINGS | wrong)
+            )
     for wrong, message in (
         ({"loss": "sigmoid+nll"}, "unknown loss 'nll'"),
         ({"loss": "gate"}, "did you mean 'gated'"),
@@ -300,7 +318,7 @@ def test_callback_in_somebody_elses_trainers_writes_a_record(tiny, tmp_path):
             processing_class=tokenizer, callbacks=[callback]),
     }  # fmt: skip
     for name, build in builders.items():
-        callback = training.ProbeCallback(ProbeSet.from_jsonl(jsonl), every=2, output_dir=tmp_path / name)
+        callback = ProbeCallback(ProbeSet.from_jsonl(jsonl), every=2, output_dir=tmp_path / name)
         build(callback, str(tmp_path / "out")).train()
         run = store.load(tmp_path / name)
         assert sorted(run.table.step.unique()) == [0, 2, 3]
@@ -315,7 +333,7 @@ def test_callback_without_a_tokenizer_is_one_line(tiny, probe_set, tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
     data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
     with pytest.raises(InputError, match="needs the trainer's tokenizer"):
-        Trainer(model, arguments, train_dataset=data, callbacks=[training.ProbeCallback(probe_set)]).train()
+        Trainer(model, arguments, train_dataset=data, callbacks=[ProbeCallback(probe_set)]).train()
 
 
 def test_no_hub_is_asked_when_trainers_are_built():

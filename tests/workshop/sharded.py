@@ -10,9 +10,9 @@ import torch.distributed.fsdp
 from accelerate import DistributedType, PartialState
 
 from lddyn import __main__
-from lddyn.engine import training
+from lddyn.engine.callback import ProbeCallback
 
-init, shard, on_step_end = PartialState.__init__, torch.distributed.fsdp.fully_shard, training.ProbeCallback.on_step_end
+init, shard, on_step_end = PartialState.__init__, torch.distributed.fsdp.fully_shard, ProbeCallback.on_step_end
 sharded = []
 
 
@@ -34,5 +34,5 @@ def broken_off(self, args, state, control, **options):
 
 
 PartialState.__init__, torch.distributed.fsdp.fully_shard = as_an_accelerator, counted
-training.ProbeCallback.on_step_end = broken_off
+ProbeCallback.on_step_end = broken_off
 sys.exit(__main__.main() or (0 if sharded else 3))

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor
 from lddyn import unknown
 from lddyn.data import preferences, responses
 from lddyn.engine import models, recipe, store
-from lddyn.engine.probes import Encoded, ProbeSet
-from lddyn.engine.training import ProbeCallback, dpo_rows, log_rows, sft_rows, train, with_adapters
+from lddyn.engine.callback import ProbeCallback
+from lddyn.engine.probe_set import Encoded, ProbeSet
+from lddyn.engine.training import Training, dpo_rows, log_rows, sft_rows, train, with_adapters
 from lddyn.theory import first_order, influence, kernels, losses
 from lddyn.theory.first_order import Parameters, Text
 
@@ -298,39 +300,40 @@ class Watch(ProbeCallback):
             self.parts.append(store.long((state.global_step, examples, *row) for row in rows))
 
 
-def follow(
-    work: Path,
-    *,
-    seed: int,
-    model: str,
-    stage: str,
-    data: str,
-    method: str,
-    optimizer: str,
-    adapter: str,
-    variant: str,
-    whole: bool,
-    n_train: int,
-    n_probe: int,
-    epochs: float,
-    evaluations: int,
-    every: int,
-    block: int,
-    batch_size: int,
-    lr: float,
-    beta: float,
-    warmup: int,
-    clip: float,
-    updates: int,
-    draws: int,
-    sketch: int,
-    batch_of_factors: int,
-    matrices: bool,
-    max_prompt: int,
-    max_response: int,
-    device: str,
-    dtype: str,
-):
+@dataclass(frozen=True)
+class Follow:
+    seed: int
+    model: str
+    stage: str
+    data: str
+    method: str
+    optimizer: str
+    adapter: str
+    variant: str
+    whole: bool
+    n_train: int
+    n_probe: int
+    epochs: float
+    evaluations: int
+    every: int
+    block: int
+    batch_size: int
+    lr: float
+    beta: float
+    warmup: int
+    clip: float
+    updates: int
+    draws: int
+    sketch: int
+    batch_of_factors: int
+    matrices: bool
+    max_prompt: int
+    max_response: int
+    device: str
+    dtype: str
+
+
+def follow(work: Path, s: Follow):
     """Train a model by SFT or DPO and hold the decomposition beside what happens; returns a long table.
 
     DPO starts from the weights of the SFT run in the folder `stage`. `adapter` is "none" or "lora", `variant` names it
@@ -339,50 +342,51 @@ def follow(
     of SFT stay in `model/` beside the table. An interrupted run starts again. Raises `InputError` for an unknown method
     or adapter.
     """
-    if method not in ("sft", "dpo"):
-        raise unknown("method", method, ["sft", "dpo"])
-    if adapter not in ("none", "lora"):
-        raise unknown("adapter", adapter, ["none", "lora"])
+    if s.method not in ("sft", "dpo"):
+        raise unknown("method", s.method, ["sft", "dpo"])
+    if s.adapter not in ("none", "lora"):
+        raise unknown("adapter", s.adapter, ["none", "lora"])
     for checkpoint in work.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    lengths = {"max_prompt": max_prompt, "max_response": max_response}
-    base, tokenizer = models.read(model, device=device, dtype=dtype)
-    examples = drawn(data, n_train, seed)
-    probed = recipe.probe_set(base, tokenizer, examples, preferences.load(data, "test"), n_probe, 0, seed, lengths)
-    lm = models.read(str(Path(stage) / "model"), device=device, dtype=dtype)[0] if stage else base
-    lm = with_adapters(lm, 8, seed) if adapter == "lora" else lm
+    lengths = {"max_prompt": s.max_prompt, "max_response": s.max_response}
+    base, tokenizer = models.read(s.model, device=s.device, dtype=s.dtype)
+    examples = drawn(s.data, s.n_train, s.seed)
+    probed = recipe.probe_set(
+        base, tokenizer, examples, preferences.load(s.data, "test"), s.n_probe, 0, s.seed, lengths
+    )
+    lm = models.read(str(Path(s.stage) / "model"), device=s.device, dtype=s.dtype)[0] if s.stage else base
+    lm = with_adapters(lm, 8, s.seed) if s.adapter == "lora" else lm
     prompts, chosen, rejected = ([e[field] for e in examples] for field in ("prompt", "chosen", "rejected"))
-    if method == "sft":
+    if s.method == "sft":
         rows = sft_rows(tokenizer, prompts, chosen, **lengths)
     else:
         rows = dpo_rows(tokenizer, prompts, chosen, rejected, **lengths)
-    steps = int(-(-len(rows) // batch_size) * epochs)
+    steps = int(-(-len(rows) // s.batch_size) * s.epochs)
     encoded = probed.encode(tokenizer, **lengths)
     both = [text for i in range(len(encoded.prompts)) for text in pair_of(encoded, i)]
     reference = first_order.sums(first_order.logps(lm, both)).view(-1, 2)  # (prompts, chosen and rejected)
     frozen = None
-    if whole and method == "sft":
-        batch = ProbeSet(prompts[:batch_of_factors], {"chosen": chosen[:batch_of_factors]}).encode(tokenizer, **lengths)
+    if s.whole and s.method == "sft":
+        batch = ProbeSet(prompts[: s.batch_of_factors], {"chosen": chosen[: s.batch_of_factors]}).encode(
+            tokenizer, **lengths
+        )
         frozen = Frozen(lm, encoded, list(zip(batch.prompts, batch.responses["chosen"], strict=True)))
 
     def look(model, encoded: Encoded, step: int) -> list[Row]:
         found = []
-        for i in range(min(updates, n_probe)):
-            found += decomposed(model, encoded, i, method, beta, reference[i], draws, sketch)
-        if whole and step in (0, steps):
-            found += single_steps(model, encoded, 0, method, beta, reference[0])
-            found += explicit(model, encoded, 0) if matrices else []
+        for i in range(min(s.updates, s.n_probe)):
+            found += decomposed(s.model, encoded, i, s.method, s.beta, reference[i], s.draws, s.sketch)
+        if s.whole and step in (0, steps):
+            found += single_steps(s.model, encoded, 0, s.method, s.beta, reference[0])
+            found += explicit(s.model, encoded, 0) if s.matrices else []
         if frozen:
-            found += frozen(model)
-            found += heat_maps(model, encoded, 0, draws, sketch, step > 0) if step in (0, steps) else []
+            found += frozen(s.model)
+            found += heat_maps(s.model, encoded, 0, s.draws, s.sketch, step > 0) if step in (0, steps) else []
         return found
 
-    callback = Watch(probed, store.dense_early(steps, evaluations), every, block, look, **lengths)
+    callback = Watch(probed, store.dense_early(steps, s.evaluations), s.every, s.block, look, **lengths)
     log = train(
-        work, lm, tokenizer, rows, callback, method=method, loss="sequence_sum" if method == "sft" else "sigmoid",
-        beta=beta, seed=seed, lr=lr, epochs=epochs, batch_size=batch_size, optimizer=optimizer, warmup=warmup,
-        clip=clip, checkpoints=1,
-    )  # fmt: skip
-    if whole and method == "sft":
+        work, lm, tokenizer, rows, callback, Training(method=s.method, loss="sequence_sum" if s.method == "sft" else "sigmoid", beta=s.beta, seed=s.seed, lr=s.lr, epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, warmup=s.warmup, clip=s.clip, checkpoints=1))  # fmt: skip
+    if s.whole and s.method == "sft":
         models.save(lm, tokenizer, work.parent / "model")
-    return store.compact(pd.concat([callback.table(), log_rows(log, batch_size)], ignore_index=True))
+    return store.compact(pd.concat([callback.table(), log_rows(log, s.batch_size)], ignore_index=True))

@@ -1,6 +1,7 @@
 """Chapter 5: DPO, measured on all kinds of response, and where the probability goes (sections 3.2, 4.2)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,9 @@ from torch import Tensor
 from lddyn import InputError, unknown
 from lddyn.data import preferences, reuse
 from lddyn.engine import models, probes, recipe, store
-from lddyn.engine.training import ProbeCallback, dpo_rows, log_rows, train
+from lddyn.engine.callback import ProbeCallback
+from lddyn.engine.probe_set import Encoded
+from lddyn.engine.training import Training, dpo_rows, log_rows, train
 
 PAIRS = {"as_written": "rejected", "style": "rejected_format", "swapped": "rejected", "rephrase": "chosen_semantic"}
 LIKELY = 0.05  # probability from which on a pushed token does not lie in the valley
@@ -144,7 +147,7 @@ def log_probs(model, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
 
 
-def mass_rows(before, after, encoded: probes.Encoded, count: int, step: int, batch_size: int) -> pd.DataFrame:
+def mass_rows(before, after, encoded: Encoded, count: int, step: int, batch_size: int) -> pd.DataFrame:
     """Mean account of the rejected answers to `count` prompts of each split, between two models; rows of a long table.
 
     Types: `rejected_first`, the first token that differs from the chosen answer, where both have one context and their
@@ -176,35 +179,36 @@ def repetition(text: str, n: int = 4) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def align(
-    work: Path,
-    *,
-    seed: int,
-    model: str,
-    stage: str,
-    sft_epochs: int,
-    data: str,
-    pairs: str,
-    measure: str,
-    n_train: int,
-    n_probe: int,
-    n_probe_test: int,
-    epochs: float,
-    evaluations: int,
-    batch_size: int,
-    lr: float,
-    beta: float,
-    loss: str,
-    optimizer: str,
-    warmup: int,
-    clip: float,
-    max_prompt: int,
-    max_response: int,
-    generate: int,
-    account: int,
-    device: str,
-    dtype: str,
-):
+@dataclass(frozen=True)
+class Align:
+    seed: int
+    model: str
+    stage: str
+    sft_epochs: int
+    data: str
+    pairs: str
+    measure: str
+    n_train: int
+    n_probe: int
+    n_probe_test: int
+    epochs: float
+    evaluations: int
+    batch_size: int
+    lr: float
+    beta: float
+    loss: str
+    optimizer: str
+    warmup: int
+    clip: float
+    max_prompt: int
+    max_response: int
+    generate: int
+    account: int
+    device: str
+    dtype: str
+
+
+def align(work: Path, s: Align):
     """DPO from an SFT model, with all kinds of response measured along the way (section 4.2); returns a long table.
 
     Starts from `sft_epochs` of the SFT run in the folder `stage` (`stages`), or from `model` itself when that is 0;
@@ -213,40 +217,37 @@ def align(
     and repetition is measured (`rep4`); with `account`, where the probability of so many rejected answers goes
     (`mass_rows`), and the finished weights stay in `model/`. An interrupted run continues from its last checkpoint.
     """
-    if measure not in MEASURE:
-        raise unknown("measure", measure, MEASURE)
-    lengths = {"max_prompt": max_prompt, "max_response": max_response}
-    data = write_pairs(work / "pairs.jsonl", data, pairs, n_train) if pairs != "as_written" else data
-    start = str(Path(stage) / f"model-{sft_epochs}") if sft_epochs else model
-    lm, tokenizer = models.read(start, device=device, dtype=dtype)
-    examples, test_set = preferences.load(data, "train", limit=n_train), preferences.load(data, "test")
-    kinds = MEASURE[measure]
-    initial = models.read(model, device=device, dtype=dtype)[0] if "chosen_initial" in kinds else None
-    probed = recipe.probe_set(initial, tokenizer, examples, test_set, n_probe, n_probe_test, seed, lengths, kinds)
+    if s.measure not in MEASURE:
+        raise unknown("measure", s.measure, MEASURE)
+    lengths = {"max_prompt": s.max_prompt, "max_response": s.max_response}
+    data = write_pairs(work / "pairs.jsonl", data, s.pairs, s.n_train) if s.pairs != "as_written" else data
+    start = str(Path(s.stage) / f"model-{s.sft_epochs}") if s.sft_epochs else s.model
+    lm, tokenizer = models.read(start, device=s.device, dtype=s.dtype)
+    examples, test_set = preferences.load(data, "train", limit=s.n_train), preferences.load(data, "test")
+    kinds = MEASURE[s.measure]
+    initial = models.read(s.model, device=s.device, dtype=s.dtype)[0] if "chosen_initial" in kinds else None
+    probed = recipe.probe_set(initial, tokenizer, examples, test_set, s.n_probe, s.n_probe_test, s.seed, lengths, kinds)
     rows = dpo_rows(tokenizer, *([e[field] for e in examples] for field in ("prompt", "chosen", "rejected")), **lengths)
-    steps = int(-(-len(rows) // batch_size) * epochs)
-    callback = ProbeCallback(probed, at=store.dense_early(steps, evaluations), **lengths)
-    before = recipe.answers(lm, tokenizer, probed, generate, lengths)
+    steps = int(-(-len(rows) // s.batch_size) * s.epochs)
+    callback = ProbeCallback(probed, at=store.dense_early(steps, s.evaluations), **lengths)
+    before = recipe.answers(lm, tokenizer, probed, s.generate, lengths)
     log = train(
-        work, lm, tokenizer, rows, callback, method="dpo", loss=loss, beta=beta, seed=seed, lr=lr, epochs=epochs,
-        batch_size=batch_size, optimizer=optimizer, warmup=warmup, clip=clip,
-        checkpoints=4 if measure == "all" else 1,
-    )  # fmt: skip
-    table = [callback.table(), log_rows(log, batch_size)]
-    if generate:
-        after = recipe.answers(lm, tokenizer, probed, generate, lengths)
+        work, lm, tokenizer, rows, callback, Training(method="dpo", loss=s.loss, beta=s.beta, seed=s.seed, lr=s.lr, epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, warmup=s.warmup, clip=s.clip, checkpoints=4 if s.measure == "all" else 1))  # fmt: skip
+    table = [callback.table(), log_rows(log, s.batch_size)]
+    if s.generate:
+        after = recipe.answers(lm, tokenizer, probed, s.generate, lengths)
         written = [{"step": step, **answer} for step, part in ((0, before), (steps, after)) for answer in part]
         store.write_json(work.parent / "answers.json", written)
         table.append(
             store.long(
-                (a["step"], a["step"] * batch_size, a["prompt_id"], "greedy", metric, value)
+                (a["step"], a["step"] * s.batch_size, a["prompt_id"], "greedy", metric, value)
                 for a in written
                 for metric, value in (("rep4", repetition(a["text"])), ("logp_sum", min(a["logp"], 0.0)))
             )
         )
-    if account:
+    if s.account:
         models.save(lm, tokenizer, work.parent / "model")
-        reference, _ = models.read(start, device=device, dtype=dtype)
+        reference, _ = models.read(start, device=s.device, dtype=s.dtype)
         encoded = probed.encode(tokenizer, **lengths)
-        table.append(mass_rows(reference, lm.eval(), encoded, account, steps, batch_size))
+        table.append(mass_rows(reference, lm.eval(), encoded, s.account, steps, s.batch_size))
     return store.compact(pd.concat(table, ignore_index=True))

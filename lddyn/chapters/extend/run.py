@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from lddyn.chapters.extend import judging
 from lddyn.chapters.extend.design import ARMS, WORLD
 from lddyn.data import preferences, world
 from lddyn.engine import models, recipe, store
-from lddyn.engine.probes import ProbeSet
-from lddyn.engine.training import ProbeCallback, dpo_rows, log_rows, sft_rows, train
+from lddyn.engine.callback import ProbeCallback
+from lddyn.engine.probe_set import ProbeSet
+from lddyn.engine.training import Training, dpo_rows, log_rows, sft_rows, train
 
 KINDS = ("chosen", "chosen_semantic", "chosen_initial", "rejected", "rejected_semantic", "other_test", "unrelated")
 SCALES = {
@@ -105,36 +107,37 @@ class Answering(ProbeCallback):
             store.write_json(self.folder / f"answers-{state.global_step}.json", written)
 
 
-def follow(
-    work: Path,
-    *,
-    seed: int,
-    design: str,
-    arm: str,
-    model: str,
-    data: str,
-    n_train: int,
-    n_probe: int,
-    n_probe_test: int,
-    sft_epochs: int,
-    sft_evaluations: int,
-    sft_lr: float,
-    sft_batch_size: int,
-    epochs: float,
-    evaluations: int,
-    lr: float,
-    batch_size: int,
-    beta: float,
-    optimizer: str,
-    warmup: int,
-    clip: float,
-    max_prompt: int,
-    max_response: int,
-    judged: int,
-    judgements: int,
-    device: str,
-    dtype: str,
-):
+@dataclass(frozen=True)
+class Follow:
+    seed: int
+    design: str
+    arm: str
+    model: str
+    data: str
+    n_train: int
+    n_probe: int
+    n_probe_test: int
+    sft_epochs: int
+    sft_evaluations: int
+    sft_lr: float
+    sft_batch_size: int
+    epochs: float
+    evaluations: int
+    lr: float
+    batch_size: int
+    beta: float
+    optimizer: str
+    warmup: int
+    clip: float
+    max_prompt: int
+    max_response: int
+    judged: int
+    judgements: int
+    device: str
+    dtype: str
+
+
+def follow(work: Path, s: Follow):
     """SFT, then DPO from where it ends, measured all along (section 4.3); returns a long table.
 
     `arm` is one of ARMS: what SFT trains on, and how long; DPO is the same for all. Step 0 is the start of DPO, and
@@ -143,43 +146,39 @@ def follow(
     closed world what the exact judge finds in them (`world.Score`) is in the table, under `greedy` and `sampled`.
     `design` is a label. An interrupted run continues from its last checkpoint.
     """
-    if arm not in ARMS:
-        raise unknown("arm", arm, ARMS)
-    lengths, common = {"max_prompt": max_prompt, "max_response": max_response}, {"seed": seed, "clip": clip}
-    common |= {"optimizer": optimizer, "warmup": warmup}
-    lm, tokenizer = models.read(model, device=device, dtype=dtype)
-    examples, test = preferences.load(data, "train", limit=n_train), preferences.load(data, "test")
-    probed = recipe.probe_set(lm, tokenizer, examples, test, n_probe, n_probe_test, seed, lengths, KINDS)
-    asked = [test[i] for i in np.random.default_rng(seed).permutation(len(test))[:judged]]
+    if s.arm not in ARMS:
+        raise unknown("arm", s.arm, ARMS)
+    lengths, common = {"max_prompt": s.max_prompt, "max_response": s.max_response}, {"seed": s.seed, "clip": s.clip}
+    common |= {"optimizer": s.optimizer, "warmup": s.warmup}
+    lm, tokenizer = models.read(s.model, device=s.device, dtype=s.dtype)
+    examples, test = preferences.load(s.data, "train", limit=s.n_train), preferences.load(s.data, "test")
+    probed = recipe.probe_set(lm, tokenizer, examples, test, s.n_probe, s.n_probe_test, s.seed, lengths, KINDS)
+    asked = [test[i] for i in np.random.default_rng(s.seed).permutation(len(test))[: s.judged]]
     prompts = [e["prompt"] for e in examples]
-    targets = ARMS[arm].targets
+    targets = ARMS[s.arm].targets
     rows = sft_rows(tokenizer, prompts * len(targets), [e[kind] for kind in targets for e in examples], **lengths)
-    before = -(-len(rows) // sft_batch_size) * sft_epochs * ARMS[arm].epochs
-    at = {round(before * n / (sft_evaluations - 1)) for n in range(sft_evaluations)}
+    before = -(-len(rows) // s.sft_batch_size) * s.sft_epochs * ARMS[s.arm].epochs
+    at = {round(before * n / (s.sft_evaluations - 1)) for n in range(s.sft_evaluations)}
     tuned = ProbeCallback(probed, at=at, **lengths)
     train(
-        work / "sft", lm, tokenizer, rows, tuned, lr=sft_lr, epochs=sft_epochs * ARMS[arm].epochs,
-        batch_size=sft_batch_size, checkpoints=1, **common,
-    )  # fmt: skip
+        work / "sft", lm, tokenizer, rows, tuned, Training(lr=s.sft_lr, epochs=s.sft_epochs * ARMS[s.arm].epochs, batch_size=s.sft_batch_size, checkpoints=1, **common))  # fmt: skip
     pairs = dpo_rows(tokenizer, prompts, *([e[kind] for e in examples] for kind in ("chosen", "rejected")), **lengths)
-    per_epoch = -(-len(pairs) // batch_size)
-    due = [epochs * n / max(judgements - 1, 1) for n in range(judgements)]
+    per_epoch = -(-len(pairs) // s.batch_size)
+    due = [s.epochs * n / max(s.judgements - 1, 1) for n in range(s.judgements)]
     answered = {round(per_epoch * epoch): epoch for epoch in due}
-    at = {*store.dense_early(int(per_epoch * epochs), evaluations), *answered}
-    callback = Answering(probed, asked, set(answered), work, seed, at=at, **lengths)
+    at = {*store.dense_early(int(per_epoch * s.epochs), s.evaluations), *answered}
+    callback = Answering(probed, asked, set(answered), work, s.seed, at=at, **lengths)
     log = train(
-        work / "dpo", lm, tokenizer, pairs, callback, method="dpo", loss="sigmoid", beta=beta, lr=lr, epochs=epochs,
-        batch_size=batch_size, checkpoints=1, **common,
-    )  # fmt: skip
+        work / "dpo", lm, tokenizer, pairs, callback, Training(method="dpo", loss="sigmoid", beta=s.beta, lr=s.lr, epochs=s.epochs, batch_size=s.batch_size, checkpoints=1, **common))  # fmt: skip
     rising = tuned.table()
     rising = rising[rising.step < before].assign(step=lambda t: t.step - before)
-    table = [rising, callback.table(), log_rows(log, batch_size)]
-    if judged:
+    table = [rising, callback.table(), log_rows(log, s.batch_size)]
+    if s.judged:
         files = {step: json.loads((work / f"answers-{step}.json").read_text()) for step in answered}
         written = [{"step": step, "epoch": answered[step], **row} for step, rows in files.items() for row in rows]
         store.write_json(work.parent / "answers.json", written)
-        if data in world.DESIGNS:
-            table.append(score_rows(written, batch_size))
+        if s.data in world.DESIGNS:
+            table.append(score_rows(written, s.batch_size))
     return store.compact(pd.concat(table, ignore_index=True))
 
 

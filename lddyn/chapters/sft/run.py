@@ -1,6 +1,7 @@
 """Chapter 3: supervised finetuning, measured on all kinds of response (section 4.1, figure 3, appendix D)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -8,51 +9,83 @@ import pandas as pd
 from lddyn import unknown
 from lddyn.data import preferences, responses, reuse
 from lddyn.engine import models, recipe, store
-from lddyn.engine.training import ProbeCallback, log_rows, sft_rows, train
+from lddyn.engine.callback import ProbeCallback
+from lddyn.engine.settings import choose, derive, lengths
+from lddyn.engine.training import Training, log_rows, sft_rows, train
 
 HEAT_MAP_TARGETS = ("chosen", "rejected", "chosen_semantic", "rejected_semantic", "unrelated", "test_shuffled")
 
 
-def grid(chosen: dict, seeds: Sequence[int], loss: str, device: str, dtype: str) -> tuple[list[dict], dict[str, Path]]:
-    """The runs of chapter 3 and the files that they read: SFT on all prompts, and on the probed ones for each target.
+@dataclass(frozen=True)
+class Chapter:
+    """The settings of chapter 3, chosen by scale; see the notebook's parameters for what they mean."""
 
-    `chosen` comes from `settings`.
-    """
-    model = recipe.base_model(chosen)
-    not_for_runs = ("seeds", "size", "map_epochs", "map_evaluations")
-    whole = {name: value for name, value in chosen.items() if name not in not_for_runs}
-    whole |= {"model": model, "target": "chosen", "loss": loss, "clip": 10.0, "device": device, "dtype": dtype}
-    small = whole | {"n_train": chosen["n_probe"], "n_probe_test": 0, "generate": 0}
-    small |= {"epochs": chosen["map_epochs"], "evaluations": chosen["map_evaluations"]}
-    runs = [whole | {"seed": seed} for seed in seeds]
-    runs += [small | {"seed": seed, "target": target} for seed in seeds for target in HEAT_MAP_TARGETS]
-    return runs, {**models.inputs(model), **preferences.inputs(chosen["data"])}
+    seeds: int
+    model: str
+    size: str
+    data: str
+    n_train: int
+    n_probe: int
+    n_probe_test: int
+    max_prompt: int
+    max_response: int
+    epochs: int
+    evaluations: int
+    batch_size: int
+    lr: float
+    optimizer: str
+    warmup: int
+    generate: int
+    map_epochs: int
+    map_evaluations: int
+    first_seed: int = 0
+    loss: str = "sequence_sum"
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
-def finetune(
-    work: Path,
-    *,
-    seed: int,
-    model: str,
-    data: str,
-    target: str,
-    n_train: int,
-    n_probe: int,
-    n_probe_test: int,
-    epochs: int,
-    evaluations: int,
-    batch_size: int,
-    lr: float,
-    loss: str,
-    optimizer: str,
-    warmup: int,
-    clip: float,
-    max_prompt: int,
-    max_response: int,
-    generate: int,
-    device: str,
-    dtype: str,
-):
+@dataclass(frozen=True)
+class Finetune:
+    """One run: `target` is the type of response that is trained on, `model` a folder or hub id."""
+
+    seed: int
+    model: str
+    data: str
+    target: str
+    n_train: int
+    n_probe: int
+    n_probe_test: int
+    epochs: int
+    evaluations: int
+    batch_size: int
+    lr: float
+    loss: str
+    optimizer: str
+    warmup: int
+    max_prompt: int
+    max_response: int
+    generate: int
+    device: str
+    dtype: str
+    clip: float = 10.0
+
+
+def settings(scale: str, given: Mapping[str, object]) -> Chapter:
+    """What a scale stands for in this chapter, with what is given in its place (`settings.choose`)."""
+    return choose(Chapter, recipe.SCALES, scale, given)
+
+
+def grid(c: Chapter) -> list[Finetune]:
+    """The runs of chapter 3: SFT on all prompts, and on the probed ones for each target of the heat map."""
+    seeds = range(c.first_seed, c.first_seed + c.seeds)
+    whole = derive(Finetune, c, seed=c.first_seed, model=recipe.base_model(c), target="chosen")
+    few = {"n_train": c.n_probe, "n_probe_test": 0, "generate": 0, "epochs": c.map_epochs}
+    small = replace(whole, evaluations=c.map_evaluations, **few)
+    runs = [replace(whole, seed=seed) for seed in seeds]
+    return runs + [replace(small, seed=seed, target=target) for seed in seeds for target in HEAT_MAP_TARGETS]
+
+
+def finetune(work: Path, s: Finetune) -> pd.DataFrame:
     """Finetune a model on one kind of response and measure all kinds along the way (section 4.1); returns a long table.
 
     `target` is a type of response (`chosen` is the paper's SFT; the others are the columns of figure 3's heat map).
@@ -61,28 +94,24 @@ def finetune(
     the answers are compared with what was trained on (`reuse`). The finished weights stay in `model/` beside the
     table, the answers in `answers.json`. An interrupted run continues from its last checkpoint.
     """
-    lengths = {"max_prompt": max_prompt, "max_response": max_response}
-    lm, tokenizer = models.read(model, device=device, dtype=dtype)
-    examples, test_set = preferences.load(data, "train", limit=n_train), preferences.load(data, "test")
-    probed = recipe.probe_set(lm, tokenizer, examples, test_set, n_probe, n_probe_test, seed, lengths)
-    texts = responses.response_types(examples, test_set, seed=seed)
-    if target not in texts:
-        raise unknown("target", target, texts)
-    rows = sft_rows(tokenizer, [e["prompt"] for e in examples], texts[target], **lengths)
-    steps = -(-len(rows) // batch_size) * epochs
-    callback = ProbeCallback(probed, at=store.dense_early(steps, evaluations), **lengths)
-    before = recipe.answers(lm, tokenizer, probed, generate, lengths)
-    log = train(
-        work, lm, tokenizer, rows, callback, seed=seed, lr=lr, epochs=epochs, batch_size=batch_size,
-        loss=loss, optimizer=optimizer, warmup=warmup, clip=clip,
-    )  # fmt: skip
-    after = recipe.answers(lm, tokenizer, probed, generate, lengths)
+    lm, tokenizer = models.read(s.model, device=s.device, dtype=s.dtype)
+    examples, test_set = preferences.load(s.data, "train", limit=s.n_train), preferences.load(s.data, "test")
+    probed = recipe.probe_set(lm, tokenizer, examples, test_set, s)
+    texts = responses.response_types(examples, test_set, seed=s.seed)
+    if s.target not in texts:
+        raise unknown("target", s.target, texts)
+    rows = sft_rows(tokenizer, [e["prompt"] for e in examples], texts[s.target], **lengths(s))
+    steps = -(-len(rows) // s.batch_size) * s.epochs
+    callback = ProbeCallback(probed, at=store.dense_early(steps, s.evaluations), **lengths(s))
+    before = recipe.answers(lm, tokenizer, probed, s.generate, s)
+    log = train(work, lm, tokenizer, rows, callback, derive(Training, s))
+    after = recipe.answers(lm, tokenizer, probed, s.generate, s)
     models.save(lm, tokenizer, work.parent / "model")
-    table = [callback.table(), log_rows(log, batch_size)]
-    if generate:
+    table = [callback.table(), log_rows(log, s.batch_size)]
+    if s.generate:
         written = [{"step": step, **answer} for step, part in ((0, before), (steps, after)) for answer in part]
         store.write_json(work.parent / "answers.json", written)
-        table.append(reuse_rows(written, examples, test_set, batch_size))
+        table.append(reuse_rows(written, examples, test_set, s.batch_size))
     return store.compact(pd.concat(table, ignore_index=True))
 
 

@@ -1,6 +1,7 @@
 """Chapter 6: other losses than DPO's, and pushing samples of the model itself (abstract, figure 2, appendix B)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pandas as pd
 from lddyn import InputError, unknown
 from lddyn.chapters.variants import design
 from lddyn.data import preferences, world
-from lddyn.engine import models, pool, probes, recipe, store
-from lddyn.engine.probes import ProbeSet
-from lddyn.engine.training import ProbeCallback, dpo_rows, train
+from lddyn.engine import decode, models, pool, probes, recipe, store
+from lddyn.engine.callback import ProbeCallback
+from lddyn.engine.probe_set import Encoded, ProbeSet
+from lddyn.engine.training import Training, dpo_rows, train
 from lddyn.theory import first_order
 
 PUSHED = ("greedy", "sampled", "rejected", "rejected_semantic", "other_train", "unrelated")
@@ -64,7 +66,7 @@ def make_pairs(source: str, policy, tokenizer, examples, candidates: int, seed: 
         return prompts, [e["chosen"] for e in examples], [e["rejected"] for e in examples], 1.0
     count = 1 if from_data.chosen_from_data else candidates
     repeated = [p for p in prompts for _ in range(count)]
-    drawn = probes.sample(
+    drawn = decode.sample(
         policy, tokenizer, repeated, lengths["max_response"], seed, lengths["max_prompt"], batch_size=128
     )
     texts = [answer.text.strip() or "." for answer in drawn]  # an empty answer cannot be encoded
@@ -142,37 +144,38 @@ def _gap(part: pd.DataFrame) -> float:
     return mean["chosen"] - mean["rejected"]
 
 
-def vary(
-    work: Path,
-    *,
-    seed: int,
-    variant: str,
-    source: str,
-    stage: str,
-    sft_epochs: int,
-    data: str,
-    n_pairs: int,
-    n_probe: int,
-    n_probe_test: int,
-    epochs: float,
-    evaluations: int,
-    rounds: int,
-    candidates: int,
-    judged: int,
-    samples: int,
-    pushes: int,
-    push_lr: float,
-    batch_size: int,
-    lr: float,
-    beta: float,
-    optimizer: str,
-    warmup: int,
-    clip: float,
-    max_prompt: int,
-    max_response: int,
-    device: str,
-    dtype: str,
-):
+@dataclass(frozen=True)
+class Vary:
+    seed: int
+    variant: str
+    source: str
+    stage: str
+    sft_epochs: int
+    data: str
+    n_pairs: int
+    n_probe: int
+    n_probe_test: int
+    epochs: float
+    evaluations: int
+    rounds: int
+    candidates: int
+    judged: int
+    samples: int
+    pushes: int
+    push_lr: float
+    batch_size: int
+    lr: float
+    beta: float
+    optimizer: str
+    warmup: int
+    clip: float
+    max_prompt: int
+    max_response: int
+    device: str
+    dtype: str
+
+
+def vary(work: Path, s: Vary):
     """Train on pairs with one of `VARIANTS` and measure what nobody pushed along the way; returns a long table.
 
     Starts from the SFT run in the folder `stage` (`recipe.stages`), which is also the reference. The first `n_pairs`
@@ -182,35 +185,32 @@ def vary(
     scores by the exact judge in the table (`judge_score`), where `data` is the closed world. With `pushes`, single
     responses to so many prompts are pushed down alone before any training (`push`). Continues after an interruption.
     """
-    for kind, name, allowed in (("variant", variant, design.VARIANTS), ("source", source, design.SOURCES)):
+    for kind, name, allowed in (("variant", s.variant, design.VARIANTS), ("source", s.source, design.SOURCES)):
         if name not in allowed:
             raise unknown(kind, name, allowed)
-    lengths = {"max_prompt": max_prompt, "max_response": max_response}
-    which, whose = design.VARIANTS[variant], design.SOURCES[source]
-    where = Path(stage) / f"model-{sft_epochs}"
-    reference, tokenizer = models.read(str(where), device=device, dtype=dtype)
-    examples, test_set = preferences.load(data, "train", limit=n_pairs), preferences.load(data, "test")
-    probed = recipe.probe_set(reference, tokenizer, examples, test_set, n_probe, n_probe_test, seed, lengths, KINDS)
-    size, steps = -(-len(examples) // rounds), 0
-    parts = [push(reference, tokenizer, probed, pushes, push_lr, seed, lengths)] if pushes else []
-    for number in range(rounds):
-        folder, draw = work / f"round-{number}", 1000 * seed + number
+    lengths = {"max_prompt": s.max_prompt, "max_response": s.max_response}
+    which, whose = design.VARIANTS[s.variant], design.SOURCES[s.source]
+    where = Path(s.stage) / f"model-{s.sft_epochs}"
+    reference, tokenizer = models.read(str(where), device=s.device, dtype=s.dtype)
+    examples, test_set = preferences.load(s.data, "train", limit=s.n_pairs), preferences.load(s.data, "test")
+    probed = recipe.probe_set(
+        reference, tokenizer, examples, test_set, s.n_probe, s.n_probe_test, s.seed, lengths, KINDS
+    )
+    size, steps = -(-len(examples) // s.rounds), 0
+    parts = [push(reference, tokenizer, probed, s.pushes, s.push_lr, s.seed, lengths)] if s.pushes else []
+    for number in range(s.rounds):
+        folder, draw = work / f"round-{number}", 1000 * s.seed + number
         if not (folder / "table.parquet").exists():
-            lm, _ = models.read(str(where), device=device, dtype=dtype)
+            lm, _ = models.read(str(where), device=s.device, dtype=s.dtype)
             mine = examples[number * size : (number + 1) * size]
             policy = lm if whose.refresh else reference
-            *pairs, share = make_pairs(source, policy, tokenizer, mine, candidates, draw, lengths)
+            *pairs, share = make_pairs(s.source, policy, tokenizer, mine, s.candidates, draw, lengths)
             table, last = [pushed_rows(lm, tokenizer, pairs, share, lengths, "before")], 0
-            times = store.dense_early(round(-(-len(mine) // batch_size) * epochs), evaluations)
-            callback = StopAtMargin(probed, which.stop, beta, at=times, **lengths)
-            if epochs:
+            times = store.dense_early(round(-(-len(mine) // s.batch_size) * s.epochs), s.evaluations)
+            callback = StopAtMargin(probed, which.stop, s.beta, at=times, **lengths)
+            if s.epochs:
                 train(
-                    folder, lm, tokenizer, dpo_rows(tokenizer, *pairs, **lengths), callback, method="dpo",
-                    loss=which.loss, beta=which.beta or beta, options=which.options,
-                    reference=models.snapshot(lm if whose.follow else reference),
-                    seed=draw, lr=lr * which.rate, epochs=epochs, batch_size=batch_size,
-                    optimizer=optimizer, warmup=warmup, clip=clip, checkpoints=1,
-                )  # fmt: skip
+                    folder, lm, tokenizer, dpo_rows(tokenizer, *pairs, **lengths), callback, Training(method="dpo", loss=which.loss, beta=which.beta or s.beta, options=which.options, seed=draw, lr=s.lr * which.rate, epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, warmup=s.warmup, clip=s.clip, checkpoints=1), reference=models.snapshot(lm if whose.follow else reference))  # fmt: skip
                 table.append(callback.table())
                 last = int(callback.table().step.max())
             else:
@@ -221,16 +221,16 @@ def vary(
             store.write_atomically(folder / "table.parquet", partial(whole.to_parquet, index=False))
         part = pd.read_parquet(folder / "table.parquet")
         part = part[(part.step > 0) | (part.prompt_id == "pairs") | (number == 0)]
-        parts.append(part.assign(step=part.step + steps, examples=part.examples + steps * batch_size))
+        parts.append(part.assign(step=part.step + steps, examples=part.examples + steps * s.batch_size))
         steps, where = int(parts[-1].step.max()), folder / "model"
-    if data in world.DESIGNS and judged:
-        lm, _ = models.read(str(where), device=device, dtype=dtype)
-        said = recipe.respond(lm, tokenizer, test_set[:judged], samples, seed, lengths)
+    if s.data in world.DESIGNS and s.judged:
+        lm, _ = models.read(str(where), device=s.device, dtype=s.dtype)
+        said = recipe.respond(lm, tokenizer, test_set[: s.judged], s.samples, s.seed, lengths)
         written = [answer | {"score": world.judge(answer["prompt"], answer["text"]).score} for answer in said]
         store.write_json(work.parent / "answers.json", written)
         scores = pd.DataFrame(written).groupby(["prompt_id", "decoding"]).score.mean()
         parts.append(
-            store.long((steps, steps * batch_size, *names, "judge_score", value) for names, value in scores.items())
+            store.long((steps, steps * s.batch_size, *names, "judge_score", value) for names, value in scores.items())
         )
     return store.compact(pd.concat(parts, ignore_index=True))
 
@@ -263,8 +263,8 @@ def push(lm, tokenizer, probed: ProbeSet, count: int, lr: float, seed: int, leng
     """
     how = {"max_new_tokens": lengths["max_response"], "max_prompt": lengths["max_prompt"], "batch_size": 128}
     own = {
-        "greedy": probes.greedy(lm, tokenizer, probed.prompts[:count], **how),
-        "sampled": probes.sample(lm, tokenizer, probed.prompts[:count], seed=seed, **how),
+        "greedy": decode.greedy(lm, tokenizer, probed.prompts[:count], **how),
+        "sampled": decode.sample(lm, tokenizer, probed.prompts[:count], seed=seed, **how),
     }
     encoded = probed.encode(tokenizer, **lengths)
     watched = encoded._replace(responses={kind: encoded.responses[kind] for kind in WATCHED})
@@ -273,7 +273,7 @@ def push(lm, tokenizer, probed: ProbeSet, count: int, lr: float, seed: int, leng
     rows = []
     for n, prompt_id in enumerate(encoded.prompt_ids[:count]):
         for kind in (kind for kind in PUSHED if kind in pushed):
-            alone = probes.Encoded([prompt_id], [encoded.prompts[n]], {kind: [pushed[kind][n]]})
+            alone = Encoded([prompt_id], [encoded.prompts[n]], {kind: [pushed[kind][n]]})
             start = _means(lm, alone)["logp_mean"].iloc[0]
             down = first_order.step(lm, -lr, [(encoded.prompts[n], pushed[kind][n])])
             lm.load_state_dict(first_order.stepped(lm, down), strict=False)
@@ -291,6 +291,6 @@ def push(lm, tokenizer, probed: ProbeSet, count: int, lr: float, seed: int, leng
     return store.long(rows)
 
 
-def _means(lm, encoded: probes.Encoded) -> pd.Series:
+def _means(lm, encoded: Encoded) -> pd.Series:
     """Metrics of every response, by (metric, prompt, type)."""
     return probes.measure(lm, encoded).set_index(["metric", "prompt_id", "response_type"]).value
