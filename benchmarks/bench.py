@@ -21,6 +21,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from lddyn import InputError
 from lddyn.__main__ import positive
+from lddyn.data.responses import RESPONSE_TYPES
 from lddyn.engine import cache, probes, reach, store
 from lddyn.engine.probe_set import Encoded
 from lddyn.publish import pages
@@ -59,7 +60,7 @@ def random_probes(vocabulary: int, prompts: int, prompt_tokens=(25, 64), respons
         return torch.randint(vocabulary, (length,), generator=generator).tolist()
 
     heads = [text(*prompt_tokens) for _ in range(prompts)]
-    responses = {kind: [text(*response_tokens) for _ in range(prompts)] for kind in probes.RESPONSE_TYPES}
+    responses = {kind: [text(*response_tokens) for _ in range(prompts)] for kind in RESPONSE_TYPES}
     return Encoded([f"{i:05d}" for i in range(prompts)], heads, responses)
 
 
@@ -75,7 +76,7 @@ def one_by_one(model, encoded: Encoded) -> Sums:
     sums = {}
     for kind, responses in encoded.responses.items():
         for i, (prompt, response) in enumerate(zip(encoded.prompts, responses, strict=True)):
-            ids, mask = probes._padded([prompt + response], model.device)
+            ids, mask = probes.padded([prompt + response], model.device)
             logits = model(input_ids=ids, attention_mask=mask).logits.float()[:, :-1]  # (1, tokens, V)
             targets = ids[:, 1:]
             wanted = torch.arange(targets.shape[1], device=ids.device) >= len(prompt) - 1
@@ -96,7 +97,7 @@ def batched(model, encoded: Encoded, batch_size: int = 32) -> Sums:
     sums = {}
     for start in range(0, len(texts), batch_size):
         rows = texts[start : start + batch_size]
-        ids, mask = probes._padded([prompt + response for *_, prompt, response in rows], model.device)
+        ids, mask = probes.padded([prompt + response for *_, prompt, response in rows], model.device)
         logps = model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)  # (rows, tokens, V)
         p, targets = logps.exp(), ids[:, 1:].unsqueeze(-1)
         places = torch.arange(ids.shape[1] - 1, device=ids.device)

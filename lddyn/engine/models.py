@@ -101,15 +101,23 @@ def inputs(model: str = "builtin", size: str = "small", seed: int = 0) -> dict[s
 def snapshot(model):
     """A frozen copy of a model as it is now, in evaluation mode. The random state stays as it was.
 
+    Every parameter and buffer keeps its own dtype, saved or not: rotary frequencies stay float32 in a bfloat16 model.
     `copy.deepcopy` of a model that has been in a TRL trainer computes with the weights of the original, because TRL
     binds `forward` to it; and a trainer that is given no reference model reads one from disk.
     """
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), model.device:
         copy = type(model)(model.config)  # on its device: random weights of a large model take long on a CPU
-    weights = copy.state_dict()
-    for name, weight in model.state_dict().items():  # one at a time: each is gathered from its shards
-        weights[name].copy_(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
-    return copy.to(model.device, model.dtype).eval().requires_grad_(False)
+    weights = dict(copy.named_parameters())
+    for name, weight in model.named_parameters():  # one at a time: each is gathered from its shards
+        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        weights[name].data = whole.detach().clone()
+    for mine, theirs in zip(copy.modules(), model.modules(), strict=True):
+        for name, buffer in theirs.named_buffers(recurse=False):
+            setattr(mine, name, buffer.clone())
+        for name in vars(mine).keys() & vars(theirs).keys():  # such as the longest text that a rotary embedding saw
+            if name != "training" and isinstance(getattr(theirs, name), int | float | Tensor):
+                setattr(mine, name, getattr(theirs, name))
+    return copy.eval().requires_grad_(False)
 
 
 def whole(model):

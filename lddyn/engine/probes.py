@@ -12,8 +12,9 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -31,7 +32,8 @@ METRICS = ["logp_sum", "logp_mean", "argmax_logp_sum", "argmax_logp_mean", "rest
 METRICS += ["sq_norm_mean", "a_norm_mean", "residual_norm_mean", "rank_mean", "tokens"]
 BATCH_TOKENS = {"cpu": 2048, "cuda": 2**15}
 TOLERANCE = {torch.bfloat16: 0.25, torch.float16: 0.05}  # nats per token, where it is not 1e-4
-_checked = WeakKeyDictionary()  # model: ((dtype, attention, ...), longest text in tokens, why it cannot share)
+_checked = WeakKeyDictionary()  # model: Checked
+_direct = WeakKeyDictionary()  # model: whether nothing stands between its body, its output layer and its logits
 
 
 # --- how likely the model finds it -------------------------------------------------------------------------
@@ -46,15 +48,16 @@ def measure(model, encoded: Encoded, batch_tokens: int | None = None, share: boo
     `a_norm_mean` (||A||_F = sqrt(V - 2 + V ||pi||^2), appendix C); `residual_norm_mean` (||pi - e_y||);
     `rank_mean` (0 is the arg max); `tokens`.
 
-    Where the model cannot share a prompt between its responses (checked at the first call, on two texts, against
-    one sequence at a time), all texts are computed in full and a warning says why; with `share=False` they are
-    without one. `batch_tokens` bounds the memory. Raises `InputError` when a text does not fit the model.
+    Where the model cannot share a prompt between its responses (`_way`), all texts are computed in full and a warning
+    says why; with `share=False` they are without one. `batch_tokens` bounds the memory. Raises `InputError` when a
+    text does not fit the model.
     """
     kinds = list(encoded.responses)
     values = np.zeros((len(encoded.prompts) * len(kinds), len(METRICS)))
+    columns = unwrapped(getattr(model, "module", model)).get_output_embeddings().weight.shape[0]  # V
     with probing(model):
         for texts, lengths, stats in _walk(model, encoded, batch_tokens, share):
-            values[texts] = _of_responses(stats, np.array(lengths), _config(model).vocab_size)
+            values[texts] = _of_responses(stats, np.array(lengths), columns)
     return pd.DataFrame(
         {
             "prompt_id": np.repeat(encoded.prompt_ids, len(kinds) * len(METRICS)),
@@ -96,9 +99,15 @@ def per_token(model, tokenizer, encoded: Encoded, prompt_id: str) -> pd.DataFram
 
 # --- the engine --------------------------------------------------------------------------------------------
 
-# A text is a prompt and one of its responses, named by prompt number * response types + response type. Both ways
+# A text is a prompt and one of its responses, named by prompt number * response types + response type. All ways
 # of computing yield (texts, their lengths in tokens, TokenStats of all their tokens in this order).
 Walk = Iterator[tuple[list[int], list[int], TokenStats]]
+
+# From the quickest to the one that is right for every model. `mixed`: a prompt serves all its responses, prompts of
+# several lengths in one batch. `aligned`: the same with prompts of one length in a batch, so that no padding lies
+# between a prompt and its response: it would count in a sliding window. `full`: each text from its beginning, in
+# padded batches. `alone`: the same, without padding: some rotary frequencies depend on the longest text of a batch.
+WAYS = ("mixed", "aligned", "full", "alone")
 
 
 def _walk(model, encoded: Encoded, batch_tokens: int | None, share: bool) -> Walk:
@@ -108,76 +117,113 @@ def _walk(model, encoded: Encoded, batch_tokens: int | None, share: bool) -> Wal
     texts = [(prompt, response) for prompt, each in enumerate(responses) for response in each]
     _check_fits(model, encoded, texts)
     budget = batch_tokens or BATCH_TOKENS.get(model.device.type, 2048)
-    why_not = _sharing(model, prompts, texts) if share else None
-    if why_not:
+    way, why_not = _way(model, prompts, texts, share)
+    if why_not and share:
         name, cost = type(model).__name__, "each text is computed in full, which takes longer"
         warnings.warn(f"{name} cannot share a prompt between its responses ({why_not}): {cost}", Caution, stacklevel=3)
-    walk = _shared if share and not why_not else _plain
-    yield from walk(model, prompts, texts, range(len(texts)), budget)
+    yield from _computed(way, model, prompts, texts, range(len(texts)), budget)
 
 
-def _shared(model, prompts, texts, wanted, budget: int) -> Walk:
+def _computed(way: str, model, prompts, texts, wanted, budget: int) -> Walk:
+    if way in ("mixed", "aligned"):
+        yield from _shared(model, prompts, texts, wanted, budget, aligned=way == "aligned")
+    else:
+        with _rope_at_start(model) as restart:
+            yield from _plain(model, prompts, texts, wanted, budget, restart, alone=way == "alone")
+
+
+def _shared(model, prompts, texts, wanted, budget: int, aligned: bool) -> Walk:
     """Each prompt once; its keys and values serve all its responses; the output layer only where needed."""
-    body, head = _body_and_head(model)
-    keyword, of_prompt = cache_keyword(type(body)), {}
+    inside = unwrapped(model)
+    direct = _head_is_last(inside)
+    keyword, of_prompt = cache_keyword(type(inside.base_model if direct else inside)), {}
     for text in wanted:
         of_prompt.setdefault(texts[text][0], []).append(text)
-    for chunk in _batches(of_prompt, lambda p: len(prompts[p]), budget):
-        ids, mask = _padded([prompts[p] for p in chunk], model.device)  # (prompts, P)
+    for chunk in _batches(of_prompt, lambda p: len(prompts[p]), budget, aligned):
+        ids, mask = padded([prompts[p] for p in chunk], model.device)  # (prompts, P)
         keys_values, width = DynamicCache(), ids.shape[1]
         positions = torch.arange(width, device=model.device).expand_as(ids)
-        hidden = body(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{keyword: keys_values}
-        ).last_hidden_state  # (prompts, P, width)
-        ends = mask.sum(1) - 1
-        last = hidden[torch.arange(len(chunk), device=ends.device), ends]  # predicts the first token of each response
+        ends = positions == mask.sum(1, keepdim=True) - 1  # predict the first token of each response
+        text = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, keyword: keys_values}
+        last = _states(inside, direct, ends, text)  # (prompts, width or V)
         place = {p: i for i, p in enumerate(chunk)}
         mine = [text for p in chunk for text in of_prompt[p]]
         for rows in _batches(mine, lambda text, width=width: width + len(texts[text][1]), budget):
             of = torch.tensor([place[texts[text][0]] for text in rows], device=model.device)
-            targets, real = _padded([texts[text][1] for text in rows], model.device)  # (rows, R)
-            hidden = last[of].unsqueeze(1)
+            targets, real = padded([texts[text][1] for text in rows], model.device)  # (rows, R)
+            states = last[of].unsqueeze(1)
             if targets.shape[1] > 1:
                 positions = mask[of].sum(1, keepdim=True) + torch.arange(targets.shape[1] - 1, device=model.device)
-                later = body(
-                    input_ids=targets[:, :-1],
-                    attention_mask=torch.cat([mask[of], real[:, :-1]], 1),
-                    position_ids=positions,
-                    use_cache=True,
-                    **{keyword: _rows_of(keys_values, of)},
-                ).last_hidden_state
-                hidden = torch.cat([hidden, later], 1)  # (rows, R, width)
+                text = {"input_ids": targets[:, :-1], "position_ids": positions}
+                text |= {"attention_mask": torch.cat([mask[of], real[:, :-1]], 1)}
+                later = _states(inside, direct, None, text | {keyword: _rows_of(keys_values, of)})
+                states = torch.cat([states, later], 1)  # (rows, R, width or V)
             real = real.bool()
-            yield rows, [len(texts[text][1]) for text in rows], _through_head(head, hidden[real], targets[real])
+            yield rows, [len(texts[text][1]) for text in rows], _measured(inside, direct, states[real], targets[real])
 
 
-def _plain(model, prompts, texts, wanted, budget: int) -> Walk:
-    """Every text in full, in padded batches of similar length."""
-    for rows in _batches(wanted, lambda text: len(prompts[texts[text][0]]) + len(texts[text][1]), budget):
-        ids, mask = _padded([prompts[texts[text][0]] + texts[text][1] for text in rows], model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (rows, tokens, V)
+def _states(inside, direct: bool, places: Tensor | None, text: dict) -> Tensor:
+    """Hidden states under the output layer where that is `direct`, else logits; at `places`, (rows, tokens), or all."""
+    if direct:
+        hidden = inside.base_model(**text, use_cache=True).last_hidden_state
+        return hidden if places is None else hidden[places]
+    with nullcontext() if places is None else head_sees(inside, places):
+        return inside(**text, use_cache=True).logits
+
+
+def _measured(inside, direct: bool, states: Tensor, targets: Tensor) -> TokenStats:
+    """Statistics of `_states`, a few hundred tokens at a time. states: (tokens, width or V); targets: (tokens)."""
+    head = inside.get_output_embeddings()
+    at_once = max(256, 8 * AT_ONCE.get(states.device.type, 2**20) // head.weight.shape[0])
+    pieces = zip(states.split(at_once), targets.split(at_once), strict=True)
+    return _joined([token_stats(head(s) if direct else s, y) for s, y in pieces])
+
+
+def _plain(model, prompts, texts, wanted, budget: int, restart: Callable, alone: bool) -> Walk:
+    """Every text in full, in batches of similar length, or of one length."""
+    for rows in _batches(wanted, lambda text: len(prompts[texts[text][0]]) + len(texts[text][1]), budget, alone):
+        restart()
+        ids, mask = padded([prompts[texts[text][0]] + texts[text][1] for text in rows], model.device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = logits[:, -ids.shape[1] :]  # (rows, tokens, V): adapters may put virtual tokens in front
         parts, lengths = [], [len(texts[text][1]) for text in rows]
         for row, (end, length) in enumerate(zip(mask.sum(1).tolist(), lengths, strict=True)):
             parts.append(token_stats(logits[row, end - length - 1 : end - 1], ids[row, end - length : end]))
         yield rows, lengths, _joined(parts)
 
 
-def _through_head(head: Callable, hidden: Tensor, targets: Tensor) -> TokenStats:
-    """Logits of a few hundred tokens at a time, measured and dropped. hidden: (tokens, width); targets: (tokens)."""
-    at_once = max(256, 8 * AT_ONCE.get(hidden.device.type, 2**20) // head.weight.shape[0])
-    pieces = zip(hidden.split(at_once), targets.split(at_once), strict=True)
-    return _joined([token_stats(head(h), y) for h, y in pieces])
+@contextmanager
+def _rope_at_start(model) -> Iterator[Callable[[], None]]:
+    """A function that forgets the longest text seen so far, which some rotary embeddings keep; undone at the end."""
+    kept = []
+    for module in model.modules():
+        for name in [n for n in vars(module) if n.endswith("max_seq_len_cached")]:
+            prefix = name.removesuffix("max_seq_len_cached")
+            if isinstance(getattr(module, f"{prefix}original_inv_freq", None), Tensor):
+                kept.append((module, prefix, getattr(module, name), getattr(module, f"{prefix}inv_freq")))
+
+    def restart() -> None:
+        for module, prefix, _, _ in kept:
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+            setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").clone())
+
+    try:
+        yield restart
+    finally:
+        for module, prefix, longest, frequencies in kept:
+            setattr(module, f"{prefix}max_seq_len_cached", longest)
+            setattr(module, f"{prefix}inv_freq", frequencies)
 
 
 def _joined(parts: list[TokenStats]) -> TokenStats:
     return TokenStats(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
 
-def _batches(keys, length: Callable, budget: int) -> Iterator[list]:
-    """Group keys of similar length, longest first; a padded batch holds at most `budget` tokens, or one key."""
+def _batches(keys, length: Callable, budget: int, same: bool = False) -> Iterator[list]:
+    """Group keys of similar length, or the `same`, longest first; a batch holds at most `budget` tokens, or one key."""
     batch = []
     for key in sorted(keys, key=length, reverse=True):
-        if batch and (len(batch) + 1) * length(batch[0]) > budget:
+        if batch and ((len(batch) + 1) * length(batch[0]) > budget or (same and length(key) != length(batch[0]))):
             yield batch
             batch = []
         batch.append(key)
@@ -185,7 +231,7 @@ def _batches(keys, length: Callable, budget: int) -> Iterator[list]:
         yield batch
 
 
-def _padded(sequences: list[list[int]], device) -> tuple[Tensor, Tensor]:
+def padded(sequences: list[list[int]], device) -> tuple[Tensor, Tensor]:
     """Right-padded ids and their mask: a padded query still sees real keys, so nothing becomes not-a-number."""
     width = max(map(len, sequences))
     ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)
@@ -212,59 +258,143 @@ def unwrapped(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _body_and_head(model):
-    """The transformer without its output layer, and the output layer."""
-    model = unwrapped(model)
-    return model.base_model, model.get_output_embeddings()
+@contextmanager
+def head_sees(model, places: Tensor):
+    """The output layer gets the hidden states at `places`, (batch, tokens), only; its logits are (places, V)."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: (hidden[0][places],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _config(model):
     return getattr(model, "module", model).config.get_text_config()
 
 
-def _sharing(model, prompts, texts) -> str | None:
-    """Why this model cannot share prompts, or None; checked once for a model, and again for longer texts."""
-    state = model.dtype, model.device, _config(model)._attn_implementation
-    longest = max(len(prompts[prompt]) + len(response) for prompt, response in texts)
-    then, verified, why_not = _checked.get(model, (None, 0, None))
-    if then != state or verified < longest:
-        why_not = _why_not_shared(model, prompts, texts)
-        _checked[model] = state, longest, why_not
-    return why_not
+# --- how a model may be computed ---------------------------------------------------------------------------
 
 
-def _why_not_shared(model, prompts, texts) -> str | None:
-    """Compare both ways on the longest response to the shortest and to the longest prompt; None where they agree."""
-    ends = {pick(range(len(prompts)), key=lambda p: len(prompts[p])) for pick in (min, max)}
-    few = [max((i for i, (p, _) in enumerate(texts) if p == end), key=lambda i: len(texts[i][1])) for end in ends]
-    exact = {rows[0]: stats.logp for rows, _, stats in _plain(model, prompts, texts, few, budget=1)}
+class Checked(NamedTuple):
+    """For which model, texts and weights a way of computing was verified."""
+
+    state: tuple  # dtype, device, attention
+    extent: tuple[int, ...]  # longest prompt, minus the shortest, longest response, longest text
+    norms: Tensor  # of all weights
+    way: str
+    why_not: str | None
+
+
+def _way(model, prompts, texts, share: bool) -> tuple[str, str | None]:
+    """The quickest of WAYS that is right here, and why it is not one that shares prompts.
+
+    What the configuration says is not tried. The rest is verified against texts computed one by one: at the first call,
+    for longer texts, and when the norm of any weight has moved by a tenth.
+    """
+    state = (model.dtype, model.device, _config(model)._attn_implementation, share)
+    sizes = [len(prompt) for prompt in prompts]
+    totals = [len(prompts[p]) + len(response) for p, response in texts]
+    extent = (max(sizes), -min(sizes), max(len(response) for _, response in texts), max(totals))
+    norms = torch.stack([p.detach().float().norm() for p in model.parameters()])
+    then = _checked.get(model)
+    if (
+        then is None
+        or then.state != state
+        or any(now > before for now, before in zip(extent, then.extent, strict=True))
+        or ((norms - then.norms).abs() > 0.1 * then.norms).any()
+    ):
+        then = _checked[model] = Checked(state, extent, norms, *_verified(model, prompts, texts, share))
+    return then.way, then.why_not
+
+
+def _verified(model, prompts, texts, share: bool) -> tuple[str, str | None]:
+    first, why_not = _by_configuration(model)
+    candidates = [way for way in WAYS[WAYS.index(first) :] if share or way in ("full", "alone")]
+    few = _telling(prompts, texts)
+    exact = {rows[0]: stats.logp for rows, _, stats in _computed("alone", model, prompts, texts, few, budget=1)}
     tf32 = model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     tolerance = TOLERANCE.get(model.dtype, 0.05 if tf32 else 1e-4)
-    try:
-        body, head = _body_and_head(model)
-        prompt, response = prompts[texts[few[0]][0]], texts[few[0]][1]
-        hidden = body(input_ids=_padded([prompt + response], model.device)[0], use_cache=False).last_hidden_state
-        logp = _through_head(head, hidden[0, len(prompt) - 1 : -1], torch.tensor(response, device=model.device)).logp
-        if not torch.allclose(logp, exact[few[0]], rtol=0, atol=tolerance / 10):
-            return "its logits are more than its output layer applied to its last hidden state"
-        for rows, _, stats in _shared(model, prompts, texts, few, budget=2**30):
-            worst = (stats.logp - torch.cat([exact[row] for row in rows])).abs().max().item()
-    except Exception as error:  # whatever a model that was not written for this raises
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None if worst <= tolerance else f"the two ways differ by {worst:.2g} nats a token"
+    for way in candidates[:-1]:
+        try:
+            worst = max(
+                (stats.logp - torch.cat([exact[row] for row in rows])).abs().max().item()
+                for rows, _, stats in _computed(way, model, prompts, texts, few, budget=2**30)
+            )
+        except Exception as error:  # whatever a model that was not written for this raises
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            if worst <= tolerance:
+                return way, why_not
+            problem = f"the two ways differ by {worst:.2g} nats a token"
+        why_not = why_not or (problem if way == "aligned" else None)
+    return candidates[-1], why_not
+
+
+def _by_configuration(model) -> tuple[str, str | None]:
+    """The first of WAYS that may be right by a model's configuration, and why it is none that shares prompts."""
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.peft_type.value in ("MULTITASK_PROMPT_TUNING", "POLY"):
+        raise InputError(
+            f"{adapter.peft_type.value} adapters cannot be probed: they want to know the task of each text"
+        )
+    if adapter is not None and adapter.is_prompt_learning:
+        return "full", f"{adapter.peft_type.value} puts virtual tokens before each text"
+    config = _config(model).to_dict()
+    if any(kind in str(config.get("rope_parameters")) for kind in ("'dynamic'", "'longrope'")):
+        return "alone", "its rotary frequencies depend on the length of a text"
+    windows = ("sliding_window", "attention_chunk_size", "window_size")
+    return "aligned" if any(config.get(name) for name in windows) else "mixed", None
+
+
+def _telling(prompts, texts) -> list[int]:
+    """Texts in which the ways would differ if they do: extreme prompts, the longest response, the longest text."""
+    shortest, longest = (pick(range(len(prompts)), key=lambda p: len(prompts[p])) for pick in (min, max))
+    answered = [
+        max((i for i, (p, _) in enumerate(texts) if p == end), key=lambda i: len(texts[i][1]))
+        for end in (shortest, longest)
+    ]
+    by_response = max(range(len(texts)), key=lambda i: len(texts[i][1]))
+    by_text = max(range(len(texts)), key=lambda i: len(prompts[texts[i][0]]) + len(texts[i][1]))
+    return list(dict.fromkeys([*answered, by_response, by_text]))
+
+
+@torch.no_grad()
+def _head_is_last(inside) -> bool:
+    """Whether logits are the output layer applied to the last hidden states of the body, and nothing else.
+
+    Seen from what comes in and out of that layer, with its output a thousand times as large: a soft cap would show
+    whatever the size of the logits is today.
+    """
+    if inside not in _direct:
+        seen, head = {}, inside.get_output_embeddings()
+        hooks = [
+            head.register_forward_pre_hook(lambda _, args: seen.update(hidden=args[0])),
+            head.register_forward_hook(lambda _, __, out: seen.update(out=1000 * out) or seen["out"]),
+        ]
+        ids = torch.arange(1, 4, device=inside.device).unsqueeze(0)
+        try:
+            logits = inside(input_ids=ids, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        hidden = inside.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        _direct[inside] = torch.equal(logits, seen["out"].to(logits.dtype)) and torch.equal(hidden, seen["hidden"])
+    return _direct[inside]
 
 
 def _check_fits(model, encoded: Encoded, texts) -> None:
-    config = _config(model)
-    room = getattr(config, "max_position_embeddings", None) or float("inf")
+    room = getattr(_config(model), "max_position_embeddings", None) or float("inf")
+    room -= getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+    embedding = model.get_input_embeddings()
+    known = getattr(embedding, "base_layer", embedding).weight.shape[0]
     for number, (prompt, response) in enumerate(texts):
         ids = encoded.prompts[prompt] + response
-        if len(ids) <= room and max(ids) < config.vocab_size:
+        if len(ids) <= room and max(ids) < known:
             continue
         where = f"prompt {encoded.prompt_ids[prompt]!r} with {list(encoded.responses)[number % len(encoded.responses)]}"
         if len(ids) > room:
             raise InputError(f"{where} has {len(ids)} tokens, the model takes {room}: lower max_prompt or max_response")
-        raise InputError(f"{where} has token {max(ids)}, the model knows {config.vocab_size}: wrong tokenizer?")
+        raise InputError(f"{where} has token {max(ids)}, the model knows {known}: wrong tokenizer?")
 
 
 @contextmanager

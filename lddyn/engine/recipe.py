@@ -59,8 +59,8 @@ def probe_set(
 ) -> ProbeSet:
     """The probes of section 4: the first prompts that are trained on, and of those that are not, and their responses.
 
-    `s`: settings with `n_probe`, `n_probe_test`, `seed`, `max_prompt`, `max_response`. Prompt ids start with `train/` or
-    `test/`. Answers to other prompts come from anywhere in the two sets. The model is read only for
+    `s`: settings with `n_probe`, `n_probe_test`, `seed`, `max_prompt`, `max_response`. Prompt ids start with `train/`
+    or `test/`. Answers to other prompts come from anywhere in the two sets. The model is read only for
     `chosen_initial`, which is sampled from it as it is now.
     """
     of_train, of_test = train_set[: s.n_probe], test_set[: s.n_probe_test]

@@ -4,7 +4,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from lddyn import unknown
 from lddyn.engine import models, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import ProbeSet
+from lddyn.engine.probes import head_sees
 from lddyn.theory import losses
 
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd"}  # transformers' names; RMSprop: the authors'
@@ -49,17 +49,6 @@ class _Ours:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         (model or self.model).load_state_dict(saved.state_dict())
-
-
-@contextmanager
-def head_sees(model, places: torch.Tensor):
-    """The output layer gets the hidden states at `places`, (batch, tokens), only; its logits are (places, V)."""
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][places],))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _lean_head(vocabulary: int) -> None:

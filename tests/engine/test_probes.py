@@ -21,6 +21,7 @@ from transformers import (
 
 from benchmarks import bench
 from lddyn import InputError
+from lddyn.data.responses import RESPONSE_TYPES
 from lddyn.engine import probes, store
 from lddyn.engine.decode import greedy, sample
 from lddyn.engine.probe_set import Encoded, ProbeSet
@@ -188,11 +189,10 @@ class Scaled(GPTNeoXForCausalLM):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_model_that_cannot_share_falls_back_loudly(dtype):
+def test_what_a_model_does_after_its_output_layer_counts(dtype):
     model = Scaled(tiny().config).to(dtype).eval()
     encoded = random_encoded()
-    with pytest.warns(UserWarning, match="Scaled cannot share a prompt .* output layer"):
-        table = measure(model, encoded)
+    table = measure(model, encoded)
     logp = reference(model, encoded.prompts[0], encoded.responses["chosen"][0])
     expected = logp.gather(1, torch.tensor(encoded.responses["chosen"][0])[:, None]).sum().item()
     assert values(table, "logp_sum")["p0", "chosen"] == pytest.approx(expected, abs=1e-3)
@@ -208,13 +208,21 @@ def test_model_that_ignores_positions_falls_back(monkeypatch):
     np.testing.assert_allclose(table.value, measure(tiny(), random_encoded()).value, rtol=1e-4, atol=1e-4)
 
 
-def test_sharing_is_checked_again_for_longer_texts(monkeypatch):
-    model, lengths = tiny(), []
-    check = probes._why_not_shared
-    monkeypatch.setattr(probes, "_why_not_shared", lambda *a: lengths.append(1) or check(*a))
+def test_ways_are_checked_again_for_longer_texts_and_when_weights_have_moved(monkeypatch):
+    model, calls = tiny(), []
+    check = probes._verified
+    monkeypatch.setattr(probes, "_verified", lambda *a: calls.append(1) or check(*a))
     for longest in (10, 10, 30, 10):
         measure(model, random_encoded(longest=longest))
-    assert len(lengths) == 2
+    assert len(calls) == 2
+    with torch.no_grad():
+        model.gpt_neox.final_layer_norm.weight.mul_(1.05)
+    measure(model, random_encoded(longest=10))
+    assert len(calls) == 2
+    with torch.no_grad():
+        model.gpt_neox.final_layer_norm.weight.mul_(1.5)
+    measure(model, random_encoded(longest=10))
+    assert len(calls) == 3
 
 
 def test_probing_leaves_training_bit_identical(tokenizer):
@@ -242,8 +250,7 @@ def test_probing_leaves_training_bit_identical(tokenizer):
 
 def test_error_while_probing_restores_training_mode(monkeypatch):
     model = tiny().train()
-    monkeypatch.setattr(probes, "_through_head", None)
-    monkeypatch.setattr(probes, "_plain", None)
+    monkeypatch.setattr(probes, "_computed", None)
     with pytest.raises(TypeError):
         measure(model, random_encoded())
     assert model.training and torch.is_grad_enabled()
@@ -391,7 +398,7 @@ def test_the_authors_file_has_all_twelve_types():
         ProbeSet.from_jsonl(AUTHORS)
     with pytest.warns(UserWarning, match="skipped 22 bad rows"):
         probe_set = ProbeSet.from_jsonl(AUTHORS, strict=False)
-    assert len(probe_set.prompts) == 478 and list(probe_set.responses) == list(probes.RESPONSE_TYPES)
+    assert len(probe_set.prompts) == 478 and list(probe_set.responses) == list(RESPONSE_TYPES)
 
 
 def test_unknown_type_and_uneven_lists_are_refused():
