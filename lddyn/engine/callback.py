@@ -5,14 +5,17 @@ callback = ProbeCallback(probes, every=25, output_dir="runs/mine")
 trainer = DPOTrainer(..., callbacks=[callback])
 """
 
-from collections.abc import Sequence
+import shutil
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from transformers import TrainerCallback
 
-from lddyn import InputError
+from lddyn import Caution, InputError
 from lddyn.engine import cache, models, probes, reach, store
 from lddyn.engine.probe_set import Encoded, ProbeSet
 
@@ -21,10 +24,13 @@ class ProbeCallback(TrainerCallback):
     """Measure a probe set before, during and after a training run of any `transformers` or TRL trainer.
 
     `every` counts optimiser steps; `at` names steps one by one instead. Training is bit-identical with and without
-    it. With an `output_dir` the long table and a manifest are written there at the end; `table()` gives the rows so
-    far. Every checkpoint of the trainer carries them, so that a resumed run continues the table. Prompts and
-    responses are cut as in `ProbeSet.encode`, and probed `batch_tokens` tokens at once, or as many as suit the device
-    (keys and values of large models fill a GPU). Raises `InputError` when the tokenizer is missing.
+    it. With an `output_dir` every evaluation is on disk when it is made, and the long table and a manifest are written
+    there at the end; `table()` gives the rows so far. Every checkpoint of the trainer carries them, so that a resumed
+    run continues the table. Prompts and responses are cut and rendered as in `ProbeSet.encode`, and probed
+    `batch_tokens` tokens at once, or as many as suit the device (keys and values of large models fill a GPU).
+
+    Raises `InputError` before the first step when the tokenizer is missing or does not fit the probes. After that it
+    never raises: it warns once, keeps what it has and lets the training go on; `stopped` says why.
     """
 
     def __init__(
@@ -32,66 +38,127 @@ class ProbeCallback(TrainerCallback):
         probe_set: ProbeSet,
         every: int = 25,
         output_dir: str | Path | None = None,
-        at: Sequence[int] | None = None,
+        at: Collection[int] | None = None,
         max_prompt: int = 256,
         max_response: int = 256,
         batch_tokens: int | None = None,
+        format: str = "auto",
     ):
         self.probe_set, self.every, self.at = probe_set, every, None if at is None else set(at)
         self.output_dir = None if output_dir is None else Path(output_dir)
-        self.lengths, self.batch_tokens = {"max_prompt": max_prompt, "max_response": max_response}, batch_tokens
+        self.lengths = {"max_prompt": max_prompt, "max_response": max_response, "format": format}
+        self.batch_tokens = batch_tokens
         self.encoded: Encoded | None = None
         self.parts: list[pd.DataFrame] = []
+        self.seen = 0  # examples that were trained on
+        self.stopped: str | None = None
 
     def table(self) -> pd.DataFrame:
-        """The long table of everything measured so far."""
-        return pd.concat(self.parts, ignore_index=True)[store.COLUMNS]
+        """The long table of everything measured so far; without rows before the first evaluation."""
+        parts = self.parts or [pd.DataFrame(columns=store.COLUMNS)]
+        return pd.concat(parts, ignore_index=True)[store.COLUMNS]
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **_):
-        if processing_class is None:
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor has one
+        if tokenizer is None:
             raise InputError("ProbeCallback needs the trainer's tokenizer: pass processing_class=... to the trainer")
-        if self.output_dir and state.is_world_process_zero:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.encoded = self.probe_set.encode(processing_class, **self.lengths)
-        if state.global_step:
-            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "probes.parquet"
-            self.parts = [pd.read_parquet(saved)] if saved.exists() else []
-        else:
-            self._measure(args, state, model)
+        self.encoded = self.probe_set.encode(tokenizer, **self.lengths)
+        self.parts, self.seen, self.stopped = [], 0, None
+        with self._watching("start"):
+            if models.whole(model).get_output_embeddings() is None:
+                raise InputError(f"{type(model).__name__} has no output layer, so it gives no log-probabilities")
+            if self.output_dir and state.is_world_process_zero:
+                (self.output_dir / "parts").mkdir(parents=True, exist_ok=True)
+            if state.global_step:
+                self._continue(args, state, model)
+            else:
+                self._measure(args, state, model)
 
     def on_step_end(self, args, state, control, model=None, **_):
-        due = state.global_step % self.every == 0 if self.at is None else state.global_step in self.at
-        if due:
-            self._measure(args, state, model)
+        self.seen += _batch(args, state)
+        if state.global_step % self.every == 0 if self.at is None else state.global_step in self.at:
+            with self._watching(f"step {state.global_step}"):
+                self._measure(args, state, model)
 
     def on_save(self, args, state, control, **_):
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            store.write_atomically(folder / "probes.parquet", lambda p: self.table().to_parquet(p, index=False))
+        if state.is_world_process_zero and self.parts:
+            with self._watching("a checkpoint"):
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                store.write_atomically(folder / "probes.parquet", lambda p: self.table().to_parquet(p, index=False))
 
     def on_train_end(self, args, state, control, model=None, **_):
         if state.global_step not in {int(part.step.iloc[-1]) for part in self.parts}:
-            self._measure(args, state, model)
-        if self.output_dir and state.is_world_process_zero:
-            self._write(args, state)
+            with self._watching("the end"):
+                self._measure(args, state, model)
+        if self.output_dir and state.is_world_process_zero and self.parts:
+            try:
+                self._write(args, state)
+            except Exception as error:  # a full disk, say; the parts are there
+                self._stop("writing", error)
+
+    @contextmanager
+    def _watching(self, where: str) -> Iterator[None]:
+        """What fails in here is told once, and nothing is measured any more."""
+        try:
+            yield
+        except Exception as error:  # whatever a model, a disk or a library raises
+            self._stop(where, error)
+
+    def _stop(self, where: str, error: Exception) -> None:
+        if self.stopped is None:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self.stopped = f"ProbeCallback measures no more since {where}: {reason}"
+            warnings.warn(self.stopped, Caution, stacklevel=2)
+
+    def _continue(self, args, state, model) -> None:
+        """After a resumption: the rows of the checkpoint, or of `output_dir`; without either the table begins here."""
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "probes.parquet"
+        if saved.exists():
+            whole = pd.read_parquet(saved)
+            self.parts = [part for _, part in whole.groupby("step")]
+        elif self.output_dir:
+            parts = [pd.read_parquet(path) for path in sorted((self.output_dir / "parts").glob("step-*.parquet"))]
+            self.parts = [part for part in parts if part.step.iloc[0] <= state.global_step]
+        batch = _batch(args, state)
+        if self.parts:
+            last = self.parts[-1].iloc[-1]
+            self.seen = int(last.examples) + (state.global_step - int(last.step)) * batch
+            return
+        self.seen = state.global_step * batch
+        warnings.warn(
+            f"training goes on at step {state.global_step} from a checkpoint without probes: the table begins there",
+            Caution,
+            stacklevel=2,
+        )
+        self._measure(args, state, model)
 
     def _measure(self, args, state, model) -> None:
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if self.stopped:
+            return
         with in_full_precision(models.whole(model)) as plain:
             part = probes.measure(plain, self.encoded, self.batch_tokens)
-        self.parts.append(part.assign(step=state.global_step, examples=state.global_step * batch))
+        if not np.isfinite(part.value).all():
+            raise InputError("the model has diverged, its log-probabilities are not finite")
+        part = part.assign(step=state.global_step, examples=self.seen)
+        self.parts.append(part)
+        if self.output_dir and state.is_world_process_zero:
+            name = self.output_dir / "parts" / f"step-{state.global_step:09d}.parquet"
+            store.write_atomically(name, lambda p: part.to_parquet(p, index=False))
 
     def _write(self, args, state) -> None:
         table = self.table()
         store.check(table)
         store.write_atomically(self.output_dir / "table.parquet", lambda p: table.to_parquet(p, index=False))
+        where = ("lddyn.engine.callback", "ProbeCallback")
         manifest = {
             "format": 1,
-            "function": "lddyn.engine.training:ProbeCallback",
+            "function": ":".join(where),
             "parameters": {"seed": args.seed, "learning_rate": args.learning_rate, "steps": state.global_step},
+            "since": int(table.step.min()),  # not 0 where the beginning was not measured
+            "cautions": [self.stopped] if self.stopped else [],
             "inputs": {},
-            "code": reach.definitions("lddyn.engine.training", "ProbeCallback"),
-            "versions": reach.versions("lddyn.engine.training", "ProbeCallback"),
+            "code": reach.definitions(*where),
+            "versions": reach.versions(*where),
             "machine": str(args.device),
             "git": cache.git_state(),
             "started": None,
@@ -100,6 +167,13 @@ class ProbeCallback(TrainerCallback):
             "table_sha256": store.file_hash(self.output_dir / "table.parquet"),
         }
         store.write_json(self.output_dir / "manifest.json", manifest)
+        shutil.rmtree(self.output_dir / "parts", ignore_errors=True)
+
+
+def _batch(args, state) -> int:
+    """Examples of one update: the batch size in use, which the trainer may have found by itself."""
+    one_pass = state.train_batch_size or args.per_device_train_batch_size
+    return one_pass * args.gradient_accumulation_steps * args.world_size
 
 
 @contextmanager

@@ -18,19 +18,31 @@ class Decoded(NamedTuple):
 
 
 def greedy(
-    model, tokenizer, prompts, max_new_tokens: int, max_prompt: int = 256, batch_size: int = 32
+    model,
+    tokenizer,
+    prompts,
+    max_new_tokens: int,
+    max_prompt: int = 256,
+    batch_size: int = 32,
+    format: str = "auto",
 ) -> list[Decoded]:
     """Greedy decoding: the likeliest token after each prompt, again and again, until end of text or `max_new_tokens`.
 
     Unlike y* along a given response, every token follows the model's own earlier choices (section 4.2).
     """
-    return _decode(
-        model, tokenizer, prompts, max_new_tokens, max_prompt, batch_size, lambda logits, *_: logits.argmax(-1)
-    )
+    how = (max_new_tokens, max_prompt, batch_size, format)
+    return _decode(model, tokenizer, prompts, lambda logits, *_: logits.argmax(-1), *how)
 
 
 def sample(
-    model, tokenizer, prompts, max_new_tokens: int, seed: int, max_prompt: int = 256, batch_size: int = 32
+    model,
+    tokenizer,
+    prompts,
+    max_new_tokens: int,
+    seed: int,
+    max_prompt: int = 256,
+    batch_size: int = 32,
+    format: str = "auto",
 ) -> list[Decoded]:
     """Sample at temperature 1, as for `chosen_initial`, from the untouched model.
 
@@ -44,12 +56,13 @@ def sample(
         u = draws[rows, step].to(logits.device).unsqueeze(-1) * cumulative[:, -1:]
         return torch.searchsorted(cumulative, u, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
-    return _decode(model, tokenizer, prompts, max_new_tokens, max_prompt, batch_size, choose)
+    return _decode(model, tokenizer, prompts, choose, max_new_tokens, max_prompt, batch_size, format)
 
 
-def _decode(model, tokenizer, prompts, max_new_tokens, max_prompt, batch_size, choose) -> list[Decoded]:
-    encoded = [probe_set.encode_prompt(tokenizer, prompt, max_prompt) for prompt in prompts]
+def _decode(model, tokenizer, prompts, choose, max_new_tokens, max_prompt, batch_size, format) -> list[Decoded]:
+    encoded = [probe_set.encode_prompt(tokenizer, prompt, max_prompt, format) for prompt in prompts]
     end, results = tokenizer.eos_token_id, {}
+    ends = {end, *probe_set.ends_of_turn(tokenizer, prompts, format)}
     keyword = probes.cache_keyword(type(probes.unwrapped(model)))
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     with probes.probing(model):
@@ -69,13 +82,13 @@ def _decode(model, tokenizer, prompts, max_new_tokens, max_prompt, batch_size, c
                 ids = choose(logits, rows, step).unsqueeze(1)
                 tokens.append(ids)
                 logps.append(token_stats(logits, ids.squeeze(1)).logp)
-                if (torch.cat(tokens, 1) == end).any(1).all():
+                if torch.isin(torch.cat(tokens, 1), torch.tensor(sorted(ends), device=ids.device)).any(1).all():
                     break
                 mask = torch.cat([mask, torch.ones_like(ids)], 1)
                 positions = positions[:, -1:] + 1
             tokens, logps = torch.cat(tokens, 1).tolist(), torch.stack(logps, 1).double()
             for row, (i, mine) in enumerate(zip(rows, tokens, strict=True)):
-                mine = mine[: mine.index(end) + 1] if end in mine else mine
+                mine = mine[: next((n for n, token in enumerate(mine, 1) if token in ends), len(mine))]
                 text = tokenizer.decode(mine, skip_special_tokens=True)
                 results[i] = Decoded(text, mine, logps[row, : len(mine)].sum().item())
     return [results[i] for i in range(len(prompts))]

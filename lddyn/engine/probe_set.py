@@ -4,7 +4,6 @@ probes = ProbeSet.from_jsonl("my_prompts.jsonl")
 table = measure(model, probes.encode(tokenizer))
 """
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +11,70 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lddyn import Caution, InputError, unknown
+from lddyn.data import rows
 from lddyn.data.responses import RESPONSE_TYPES
+from lddyn.data.rows import joined
+
+FORMATS = ("auto", "chat", "plain")
 
 
-def with_space(prompt: str, response: str) -> str:
-    """The response with exactly one space before it, or none after a prompt that ends in white space."""
-    return response.strip() if prompt[-1:].isspace() else " " + response.strip()
+def tokens_of(tokenizer, prompt: str, format: str = "auto") -> list[int]:
+    """Token ids of a prompt, with what opens an answer.
+
+    A `Dialogue` is rendered by the tokenizer's chat template where it has one ("auto"); "chat" makes one message of
+    the user out of a plain prompt, "plain" takes the text. A beginning token that the tokenizer adds comes once.
+    """
+    if turns := _turns(tokenizer, prompt, format):
+        return _rendered(tokenizer, turns, add_generation_prompt=True)
+    return _text_ids(tokenizer, prompt)
 
 
-def encode_prompt(tokenizer, prompt: str, max_prompt: int) -> list[int]:
-    """Token ids of the end of a prompt, at most `max_prompt`; a beginning token that the tokenizer adds stays."""
-    ids, added = (tokenizer(prompt, add_special_tokens=special).input_ids for special in (False, True))
-    start = added[:1] if len(added) > len(ids) and added[0] == tokenizer.bos_token_id else []
-    return start + ids[-(max_prompt - len(start)) :]
+def _text_ids(tokenizer, text: str) -> list[int]:
+    bare, full = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, True))
+    start = [tokenizer.bos_token_id]
+    return start + bare if full[:1] == start != bare[:1] else bare
+
+
+def _turns(tokenizer, prompt: str, format: str) -> list[dict] | None:
+    """The messages to render, or None where the text itself is shown. Raises `InputError` for "chat" without template."""
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    if format == "chat" and not tokenizer.chat_template:
+        raise InputError("format='chat' needs a tokenizer with a chat template; this one has none (plain, auto)")
+    if format == "plain" or not tokenizer.chat_template:
+        return None
+    return getattr(prompt, "turns", None) or ([{"role": "user", "content": prompt}] if format == "chat" else None)
+
+
+def _rendered(tokenizer, turns: list[dict], **options) -> list[int]:
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **options)
+    except Exception as error:  # templates raise what they like, such as for a system message
+        raise InputError(f"the chat template refuses a dialogue: {str(error).splitlines()[0]}") from error
+
+
+def ends_of_turn(tokenizer, prompts: Sequence[str], format: str = "auto") -> set[int]:
+    """Special tokens with which the tokenizer's template ends an answer to these prompts; none for plain text."""
+    turns = next((turns for prompt in prompts if (turns := _turns(tokenizer, prompt, format))), None)
+    if turns is None:
+        return set()
+    ids = _rendered(tokenizer, [*turns, {"role": "assistant", "content": "yes"}])
+    return set([i for i in ids if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder][-1:])
+
+
+def encode_prompt(tokenizer, prompt: str, max_prompt: int, format: str = "auto") -> list[int]:
+    """Token ids of the end of a prompt, at most `max_prompt`; a beginning token stays."""
+    return _cut(tokenizer, tokens_of(tokenizer, prompt, format), max_prompt)
+
+
+def _cut(tokenizer, ids: list[int], max_prompt: int) -> list[int]:
+    start = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+    return ids if len(ids) <= max_prompt else start + ids[len(ids) - max_prompt + len(start) :]
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class Encoded(NamedTuple):
@@ -69,87 +119,73 @@ class ProbeSet:
                 raise InputError(f"{len(self.prompts)} prompts, but {len(texts)} {name}")
 
     @classmethod
-    def from_jsonl(cls, path: Path | str, strict: bool = True) -> "ProbeSet":
+    def from_jsonl(cls, path: Path | str, skip_bad_rows: str = "no") -> "ProbeSet":
         """Read a JSON Lines file: `prompt`, response types under our names or the authors', perhaps `prompt_id`.
 
         The types of the first row are those of the set; other fields (the authors' `chosen_selfr`) are left out.
-        A row that is not such an object, lacks one of the types, holds something else than text, an empty text, or
-        a chosen equal to the rejected raises `InputError` naming file and line; with `strict=False` such
-        rows are skipped and one warning counts them.
+        Rows are read and checked as those of preference data (`lddyn.data.rows`); `skip_bad_rows` as there.
         """
-        try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would also split at U+2028
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read probes from {path}: {error}") from error
-        names, texts, skipped = [], [], []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                name, row = _row(line, f"{path}, line {number}", texts[0] if texts else None)
-            except InputError as error:
-                if strict:
-                    raise InputError(f"{error} (strict=False skips such rows)") from None
-                skipped.append(error)
-                continue
-            names.append(name or f"{len(names):05d}")
-            texts.append(row)
-        if skipped:
-            warnings.warn(f"{path}: skipped {len(skipped)} bad rows; the first: {skipped[0]}", Caution, stacklevel=2)
-        if not texts:
+        found = rows.examples(rows.of_file(path), str(path), required=(), skip_bad_rows=skip_bad_rows)
+        if not found:
             raise InputError(f"{path}: no rows")
-        if len(set(names)) < len(names):
-            raise InputError(f"{path}: the same prompt_id twice, {max(names, key=names.count)!r}")
-        responses = {kind: [row[kind] for row in texts] for kind in RESPONSE_TYPES if kind in texts[0]}
-        return cls([row["prompt"] for row in texts], responses, names)
+        responses = {kind: [e[kind] for e in found] for kind in RESPONSE_TYPES if kind in found[0]}
+        return cls([e["prompt"] for e in found], responses, [e["id"] for e in found])
 
-    def encode(self, tokenizer, max_prompt: int = 256, max_response: int = 256) -> Encoded:
+    def encode(self, tokenizer, max_prompt: int = 256, max_response: int = 256, format: str = "auto") -> Encoded:
         """Tokenise once: the end of each prompt; the start of each response, with end of text if all of it fits.
 
-        Leading space and end of text are the same for all types. Prompt and response are split as one text, as
-        in training, unless a token would reach over the boundary.
+        Prompt and response are split as one text, as in training: a response begins where prompt and whole text part,
+        which is the same place for all responses to a prompt. A `Dialogue` is rendered by the tokenizer's chat template
+        (`tokens_of`), and its responses end as the template ends a turn; other responses end with the end of text, once.
+        A `Caution` names the first text that the tokenizer does not give back. Raises `InputError` where a pair of
+        chosen and rejected is equal within `max_response` tokens.
         """
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end-of-text token (eos_token), which every response ends with")
         if max_prompt < 2 or max_response < 1:
             raise InputError(f"max_prompt={max_prompt} and max_response={max_response} must be at least 2 and 1")
-        heads = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in self.prompts]
+        prompts, tails, lost = [], {kind: [] for kind in self.responses}, []
+        for i, prompt in enumerate(self.prompts):
+            answers = {kind: texts[i] for kind, texts in self.responses.items()}
+            head, wholes = _whole(tokenizer, prompt, answers, format)
+            start = min(common_prefix(head, whole) for whole in wholes.values())
+            prompts.append(_cut(tokenizer, head[:start], max_prompt))
+            for kind, whole in wholes.items():
+                tails[kind].append(whole[start:][:max_response])
+            lost += _lost(tokenizer, prompt, answers, wholes, f"prompt {self.prompt_ids[i]!r}", format)
+        if lost:
+            warnings.warn(
+                f"{len(lost)} texts are not what their tokens say; the first: {lost[0]}", Caution, stacklevel=2
+            )
+        encoded = Encoded(self.prompt_ids, prompts, tails)
+        if {"chosen", "rejected"} <= tails.keys():
+            pairs = zip(self.prompt_ids, tails["chosen"], tails["rejected"], strict=True)
+            equal = [name for name, chosen, rejected in pairs if chosen == rejected]
+            if equal:
+                raise InputError(
+                    f"{len(equal)} of {len(prompts)} pairs are equal within max_response={max_response} tokens, "
+                    f"the first: prompt {equal[0]!r}; raise max_response or leave them out"
+                )
+        return encoded
 
-        def encode(texts: Sequence[str]) -> list[list[int]]:
-            texts = [with_space(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True)]
-            whole = [prompt + text for prompt, text in zip(self.prompts, texts, strict=True)]
-            whole = tokenizer(whole, add_special_tokens=False).input_ids
-            ids = []
-            for head, both, text in zip(heads, whole, texts, strict=True):
-                fits = both[: len(head)] == head
-                tail = both[len(head) :] if fits else tokenizer(text, add_special_tokens=False).input_ids
-                ids.append([*tail, tokenizer.eos_token_id][:max_response])
-            return ids
 
-        prompts = [encode_prompt(tokenizer, prompt, max_prompt) for prompt in self.prompts]
-        return Encoded(self.prompt_ids, prompts, {kind: encode(r) for kind, r in self.responses.items()})
+def _whole(tokenizer, prompt: str, answers: dict[str, str], format: str) -> tuple[list[int], dict[str, list[int]]]:
+    """Tokens of a prompt alone, and of it with each answer, to the end."""
+    if turns := _turns(tokenizer, prompt, format):
+        said = {kind: [*turns, {"role": "assistant", "content": text.strip()}] for kind, text in answers.items()}
+        return tokens_of(tokenizer, prompt, format), {kind: _rendered(tokenizer, each) for kind, each in said.items()}
+    end, wholes = tokenizer.eos_token_id, {}
+    for kind, text in answers.items():
+        ids = _text_ids(tokenizer, prompt + joined(prompt, text))
+        wholes[kind] = ids if ids[-1] == end else [*ids, end]
+    return _text_ids(tokenizer, prompt), wholes
 
 
-def _row(line: str, where: str, first: dict | None) -> tuple[str, dict[str, str]]:
-    """The name of a row ("" when it has none) and its texts under our names."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: not an object with a prompt and responses")
-    ours = {name: kind for kind, names in RESPONSE_TYPES.items() for name in (kind, *names)} | {"prompt": "prompt"}
-    texts = {ours[name]: text for name, text in row.items() if name in ours}
-    for name in first or ("prompt",):
-        if name not in texts:
-            raise InputError(f"{where}: no field {name!r}")
-    if first is None and len(texts) == 1:
-        raise InputError(f"{where}: no response (allowed: {', '.join(RESPONSE_TYPES)})")
-    for name in texts:
-        if first and name not in first:
-            raise InputError(f"{where}: field {name!r}, which the first row does not have")
-        if not isinstance(texts[name], str) or not texts[name].strip():
-            raise InputError(f"{where}: {name!r} must be text that is not empty, not {texts[name]!r}")
-    if {"chosen", "rejected"} <= texts.keys() and texts["chosen"].strip() == texts["rejected"].strip():
-        raise InputError(f"{where}: chosen and rejected are equal")
-    return str(row.get("prompt_id", row.get("id", ""))), texts
+def _lost(tokenizer, prompt: str, answers: dict[str, str], wholes: dict[str, list[int]], where: str, format: str):
+    """What is wrong with texts whose tokens do not give them back; a template's words around them do not count."""
+    for kind, ids in wholes.items():
+        shown = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if (answers[kind].strip() or " ") not in shown or (
+            not _turns(tokenizer, prompt, format) and prompt not in shown
+        ):
+            yield f"{where} with {kind}, of which the tokenizer makes {shown[-80:]!r}"

@@ -68,10 +68,16 @@ def probe_set(
     prompts = [e["prompt"] for e in examples]
     texts = responses.response_types(examples, test_set, train_set, s.seed, kinds)
     if "chosen_initial" in kinds and "chosen_initial" not in texts:
-        sampled = decode.sample(model, tokenizer, prompts, s.max_response, s.seed, s.max_prompt)
+        sampled = decode.sample(model, tokenizer, prompts, seed=s.seed, **_how(s))
         texts["chosen_initial"] = [answer.text for answer in sampled]
     ids = [f"train/{e['id']}" for e in of_train] + [f"test/{e['id']}" for e in of_test]
     return ProbeSet(prompts, texts, ids)
+
+
+def _how(s) -> dict:
+    """How answers are decoded, from settings with `max_prompt` and `max_response`."""
+    cut = lengths(s)
+    return {"max_new_tokens": cut["max_response"], "max_prompt": cut["max_prompt"], "format": cut["format"]}
 
 
 def answers(model, tokenizer, probed: ProbeSet, count: int, s) -> list[dict]:
@@ -81,7 +87,7 @@ def answers(model, tokenizer, probed: ProbeSet, count: int, s) -> list[dict]:
         return []
     place = {name: n for n, name in enumerate(probed.prompt_ids)}
     prompts = [probed.prompts[place[i]] for i in ids]
-    decoded = decode.greedy(model, tokenizer, prompts, s.max_response, s.max_prompt)
+    decoded = decode.greedy(model, tokenizer, prompts, **_how(s))
     return [
         {"prompt_id": i, "prompt": prompt, "text": answer.text, "logp": answer.logp}
         for i, prompt, answer in zip(ids, prompts, decoded, strict=True)
@@ -92,7 +98,7 @@ def respond(model, tokenizer, examples: Sequence[dict], samples: int, s) -> list
     """Answers to prompts of the test split, one greedy and `samples` sampled: `prompt_id, prompt, decoding, text`."""
     asked = {"greedy": list(examples), "sampled": [e for e in examples for _ in range(samples)]}
     prompts = {decoding: [e["prompt"] for e in each] for decoding, each in asked.items()}
-    how = {"max_new_tokens": s.max_response, "max_prompt": s.max_prompt, "batch_size": 128}
+    how = _how(s) | {"batch_size": 128}
     decoded = {
         "greedy": decode.greedy(model, tokenizer, prompts["greedy"], **how),
         "sampled": decode.sample(model, tokenizer, prompts["sampled"], seed=s.seed, **how),

@@ -49,9 +49,10 @@ def derive(cls: type[S], *sources: object, **values: object) -> S:
     return cls(**found | {name: value for name, value in values.items() if name in names})
 
 
-def lengths(settings) -> dict[str, int]:
-    """Where prompts and responses are cut, in tokens, as keywords of `ProbeSet.encode` and others."""
-    return {"max_prompt": settings.max_prompt, "max_response": settings.max_response}
+def lengths(settings) -> dict:
+    """Where prompts and responses are cut, in tokens, and how they are rendered: keywords of `ProbeSet.encode`."""
+    cut = {"max_prompt": settings.max_prompt, "max_response": settings.max_response}
+    return cut | {"format": getattr(settings, "format", "auto")}
 
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}

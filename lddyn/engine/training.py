@@ -4,7 +4,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -183,7 +183,7 @@ class Training:
     method: str = "sft"
     loss: str = "sequence_sum"
     beta: float = 0.1
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] | None = None
     optimizer: str = "adamw"
     warmup: int = 0
     clip: float = 10.0  # norm that gradients are cut to
@@ -244,11 +244,13 @@ def train(
         _lean_head(model.get_output_embeddings().weight.shape[0])
         # always given: TRL would reload the reference from where the model once came from, not from what it is now
         parts["ref_model"] = models.snapshot(model) if reference is None else reference
-        trainer = _pair_trainer(common | {"beta": how.beta}, how.loss, dict(how.options), parts)
+        trainer = _pair_trainer(common | {"beta": how.beta}, how.loss, dict(how.options or {}), parts)
     else:
         raise unknown("method", how.method, ["sft", "dpo"])
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    if callback.stopped:
+        raise store.RecordError(callback.stopped)
     return trainer.state.log_history
 
 

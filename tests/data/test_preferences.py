@@ -44,7 +44,7 @@ def write(path: Path, content: list) -> str:
             {"prompt": "Q", "chosen": "a", "rejected": "b", "unrelated": "c"},
             "'unrelated', which the first row does not",
         ),
-        ({"prompt": "Q", "chosen": [{"role": "user"}], "rejected": "b"}, "messages are not lists"),
+        ({"prompt": "Q", "chosen": [{"role": "user"}], "rejected": "b"}, "chosen, message 1 has no 'content'"),
         ('{"prompt": "Q", ', "invalid JSON"),
         ('["a", "b"]', "not a JSON object"),
     ],
@@ -55,14 +55,14 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path, bad, why):
         load(path)
     assert "\n" not in str(error.value)
     with pytest.warns(UserWarning, match=r"skipped 1 bad rows; the first: .*line 3"):
-        assert [e["prompt"] for e in load(path, strict=False)] == ["Q 0\nA:", "Q 5\nA:", "Q 6\nA:"]
+        assert [e["prompt"] for e in load(path, skip_bad_rows="rows")] == [f"Q {i}\nA:" for i in (0, 5, 6, 7)]
 
 
 def test_limit_counts_good_rows_and_leaves_the_rest_unread(tmp_path):
     path = write(tmp_path / "mine.jsonl", [*rows(2), "not JSON", *rows(3, 5)])
     assert len(load(path, limit=2)) == 2
     with pytest.warns(UserWarning, match="skipped 1"):
-        assert len(load(path, limit=3, strict=False)) == 3
+        assert len(load(path, limit=3, skip_bad_rows="rows")) == 3
 
 
 def test_a_file_without_splits_does_not_test_on_what_it_trains_on(tmp_path):
@@ -130,7 +130,7 @@ def test_a_mistyped_source_gets_the_nearest_name():
 @pytest.mark.skipif(not AUTHORS_FILE.exists(), reason="the authors' probing set is not here")
 def test_the_authors_file_gives_all_twelve_types():
     with pytest.warns(UserWarning, match="skipped .* is empty"):
-        some = load(str(AUTHORS_FILE), strict=False)
+        some = load(str(AUTHORS_FILE), skip_bad_rows="rows")
     assert len(some) >= 400
     assert list(response_types(some)) == list(responses.RESPONSE_TYPES)
     assert 0.45 < style_accuracy([e["chosen"] for e in some], [e["rejected"] for e in some]) < 0.6

@@ -381,7 +381,7 @@ def test_line_separator_inside_a_text_does_not_end_the_row(tmp_path):
 def test_skipped_rows_are_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(["{", json.dumps(GOOD | {"id": 7}), json.dumps(GOOD | {"chosen": ""})]))
     with pytest.warns(UserWarning, match=r"skipped 2 bad rows; the first: .*line 1: not JSON"):
-        probe_set = ProbeSet.from_jsonl(tmp_path / "a.jsonl", strict=False)
+        probe_set = ProbeSet.from_jsonl(tmp_path / "a.jsonl", skip_bad_rows="rows")
     assert probe_set.prompt_ids == ["7"] and probe_set.prompts == ["why?"]
 
 
@@ -397,7 +397,7 @@ def test_the_authors_file_has_all_twelve_types():
     with pytest.raises(InputError, match="line 7: 'chosen_initial' must be text"):
         ProbeSet.from_jsonl(AUTHORS)
     with pytest.warns(UserWarning, match="skipped 22 bad rows"):
-        probe_set = ProbeSet.from_jsonl(AUTHORS, strict=False)
+        probe_set = ProbeSet.from_jsonl(AUTHORS, skip_bad_rows="rows")
     assert len(probe_set.prompts) == 478 and list(probe_set.responses) == list(RESPONSE_TYPES)
 
 

@@ -116,13 +116,14 @@ def test_reference_of_dpo_is_the_model_as_it_comes_in_and_stays(tiny, probe_set,
     assert first["train_loss"] == pytest.approx(0.6931, abs=1e-3), "at the first step policy and reference are equal"
 
 
-def pair_trained(tiny, folder, probe_set, **settings):
+def pair_trained(tiny, folder, probe_set, reference=None, **settings):
     """Weights after three steps on pairs, and the trainer's log; `tiny` itself stays as it is."""
     model, tokenizer = tiny
     fresh = models.snapshot(model).requires_grad_(True)
     data = training.dpo_rows(tokenizer, PROMPTS, CHOSEN, REJECTED, **LENGTHS)
     settings = SETTINGS | {"epochs": 1, "batch_size": 4, "method": "dpo", "optimizer": "sgd"} | settings
-    log = training.train(folder, fresh, tokenizer, data, nothing(probe_set), training.Training(**settings))
+    how = training.Training(**settings)
+    log = training.train(folder, fresh, tokenizer, data, nothing(probe_set), how, reference)
     return weights(fresh), log
 
 
@@ -168,8 +169,8 @@ def test_reference_that_is_given_takes_the_place_of_the_model_itself(tiny, model
             parameter.mul_(0.5)
     for name, settings in (("trl", {"loss": "sigmoid"}), ("own", {"loss": "dpop", "options": {"lam": 0.0}})):
         own, _ = pair_trained(tiny, tmp_path / f"{name}-a", probe_set, **settings)
-        given, _ = pair_trained(tiny, tmp_path / f"{name}-b", probe_set, reference=other, **settings)
-        same, _ = pair_trained(tiny, tmp_path / f"{name}-c", probe_set, reference=models.snapshot(tiny[0]), **settings)
+        given, _ = pair_trained(tiny, tmp_path / f"{name}-b", probe_set, other, **settings)
+        same, _ = pair_trained(tiny, tmp_path / f"{name}-c", probe_set, models.snapshot(tiny[0]), **settings)
         assert torch.equal(own, same) and not torch.allclose(own, given, atol=1e-6)
 
 
