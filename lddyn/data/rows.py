@@ -145,21 +145,23 @@ def example_of(where: str, row: object, required: Sequence[str], first: Example 
 
 
 def joined(prompt: str, response: str) -> str:
-    """The response as it follows the prompt: trimmed, after exactly one space. Where a line break or a tab stands between
-    them, as in code, it stays as it is."""
+    """The response as it follows the prompt: trimmed, after exactly one space.
+
+    Where a line break or a tab stands between them, as in code, it stays as it is.
+    """
     own = response[: len(response) - len(response.lstrip())]
-    verbatim = prompt[-1:].isspace() and prompt[-1] != " " or own.strip(" ")
+    verbatim = (prompt[-1:].isspace() and prompt[-1] != " ") or own.strip(" ")
     return response if verbatim else response.strip() if prompt[-1:] == " " else " " + response.strip()
 
 
+def is_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON may hold half a surrogate pair, which is no character."""
+    return not re.search(r"[\ud800-\udfff]", text)
+
+
 def _no_half_characters(where: str, row: dict) -> None:
-    text = json.dumps(row, ensure_ascii=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: {text[error.start]!r} is half a surrogate pair and no character; mend the text"
-        ) from None
+    if not is_text(json.dumps(row, ensure_ascii=False)):
+        raise InputError(f"{where}: it holds half a surrogate pair (\\ud800 to \\udfff), which is no character")
 
 
 def _texts(where: str, row: dict, dropped) -> tuple[str, dict[str, str]]:

@@ -151,9 +151,12 @@ def _from_pretrained(source: str, dtype: torch.dtype, trust_remote_code: bool, a
     try:
         with contextlib.nullcontext() if Path(source).is_dir() else hub.hub_or_cache():
             config = AutoConfig.from_pretrained(source, **options)
-            for name, value in config.to_dict().items():
-                if "drop" in name and isinstance(value, float):
-                    setattr(config, name, 0.0)
+            if config.is_encoder_decoder:
+                raise InputError(f"{config.model_type} has an encoder beside its decoder")
+            for part in {id(part): part for part in (config, config.get_text_config())}.values():
+                for name, value in part.to_dict().items():
+                    if "drop" in name and isinstance(value, float):
+                        setattr(part, name, 0.0)
             model, info = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
@@ -169,7 +172,17 @@ def _from_pretrained(source: str, dtype: torch.dtype, trust_remote_code: bool, a
     if info["missing_keys"]:  # transformers fills them with random numbers and only warns
         missing = sorted(info["missing_keys"])
         raise InputError(f"model {source!r} lacks {len(missing)} weights, such as {missing[0]}")
+    if sees_later_tokens(model.eval()):
+        raise InputError(f"model {source!r} ({config.model_type}) sees later tokens; a causal language model is needed")
     return model, tokenizer
+
+
+@torch.no_grad()
+def sees_later_tokens(model) -> bool:
+    """Whether what follows a token changes what is predicted before it, as in BERT."""
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]])
+    first, second = model(input_ids=ids, use_cache=False).logits[:, :3]
+    return not torch.allclose(first, second, atol=1e-3)
 
 
 def _why_not(source: str, error: Exception) -> str:

@@ -36,7 +36,7 @@ def _text_ids(tokenizer, text: str) -> list[int]:
 
 
 def _turns(tokenizer, prompt: str, format: str) -> list[dict] | None:
-    """The messages to render, or None where the text itself is shown. Raises `InputError` for "chat" without template."""
+    """The messages to render, or None where the text itself is shown; `InputError` for "chat" without a template."""
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
     if format == "chat" and not tokenizer.chat_template:
@@ -136,7 +136,7 @@ class ProbeSet:
 
         Prompt and response are split as one text, as in training: a response begins where prompt and whole text part,
         which is the same place for all responses to a prompt. A `Dialogue` is rendered by the tokenizer's chat template
-        (`tokens_of`), and its responses end as the template ends a turn; other responses end with the end of text, once.
+        (`tokens_of`), and its responses end as the template ends a turn; others end with the end of text, once.
         A `Caution` names the first text that the tokenizer does not give back. Raises `InputError` where a pair of
         chosen and rejected is equal within `max_response` tokens.
         """

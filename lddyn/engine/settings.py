@@ -140,7 +140,9 @@ def read_cell(source: str, where: str) -> dict[str, Parameter]:
 def read_yaml(path: Path) -> dict:
     """Read a parameter file. (YAML takes `5e-7` for text; the parameter's type mends that.)"""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read parameters from {path}: it is not UTF-8 ({error.reason})") from error
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"cannot read parameters from {path}: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
-from lddyn import unknown
+from lddyn import InputError, unknown
 from lddyn.engine import models, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import ProbeSet
@@ -208,6 +208,7 @@ def train(
     """
     if how.optimizer not in OPTIMIZERS:
         raise unknown("optimizer", how.optimizer, OPTIMIZERS)
+    _check_room(model, rows)
     quiet()
     steps = -(-len(rows) // (how.batch_size * how.accumulation)) * how.epochs
     common = {
@@ -252,6 +253,20 @@ def train(
     if callback.stopped:
         raise store.RecordError(callback.stopped)
     return trainer.state.log_history
+
+
+def _check_room(model, rows: datasets.Dataset) -> None:
+    """Raise `InputError` when a row is longer than the model's positions; some would fail in the middle of training."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not room:
+        return
+    for number, row in enumerate(rows):
+        tokens = len(row.get("input_ids") or row["prompt_ids"])
+        if "chosen_ids" in row:
+            tokens += max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        if tokens > room:
+            what = f"training row {number} has {tokens} tokens, the model takes {room}"
+            raise InputError(f"{what}: lower max_prompt or max_response")
 
 
 def _pair_trainer(common: dict, loss: str, options: dict, parts: dict) -> TokenisedDPO:

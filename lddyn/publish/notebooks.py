@@ -30,7 +30,7 @@ def parameters(notebook: Path) -> dict[str, settings.Parameter]:
     """Read the parameters cell of a notebook; raise `InputError` when it has none or a line is malformed."""
     try:
         cells = json.loads(notebook.read_text())["cells"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{notebook} is not a notebook ({error})") from error
     tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
@@ -57,8 +57,8 @@ def execute(notebook: Path, values: Mapping[str, object], out: Path, timeout: in
     running, failed = out.with_suffix(".running.ipynb"), out.with_suffix(".failed.ipynb")
     try:
         papermill.execute_notebook(
-            str(notebook),
-            str(running),
+            _literal(notebook),
+            _literal(running),
             dict(values),
             cwd=str(ROOT),
             kernel_name="python3",
@@ -76,6 +76,11 @@ def execute(notebook: Path, values: Mapping[str, object], out: Path, timeout: in
     running.replace(out)
     failed.unlink(missing_ok=True)
     return None
+
+
+def _literal(path: Path) -> str:
+    """A path as papermill takes it: braces are templates to it."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def noise(path: Path) -> str | None:
@@ -127,6 +132,8 @@ def run(
     values |= dict(words)
     values = checked(source, values)
     out = out or ROOT / "book" / "notebooks" / f"{source.stem}.ipynb"
+    if out.resolve() == source.resolve():
+        raise InputError(f"--out {out} is the notebook itself; choose another file")
     store.writable(out)
     problem = execute(source, values, out, timeout)
     if problem:

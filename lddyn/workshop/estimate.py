@@ -104,10 +104,15 @@ def shape(config) -> Shape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    if config.is_encoder_decoder:
+        raise InputError(f"{config.model_type} has an encoder beside its decoder; a causal language model is needed")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:  # no causal language model
+        raise InputError(f"{config.model_type} is no causal language model ({hub.first_line(error)})") from error
     config = config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # state-space models have none
     widest = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size
     last = model.get_output_embeddings()
     linear = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not last]

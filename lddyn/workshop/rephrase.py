@@ -15,6 +15,7 @@ import pandas as pd
 from lddyn import InputError
 from lddyn.data import preferences
 from lddyn.data.responses import Example
+from lddyn.data.rows import is_text
 from lddyn.engine import store
 
 PROMPTS = {
@@ -57,6 +58,8 @@ def problem(answer: str, original: str) -> str | None:
     words, before = answer.split(), original.split()
     if not words:
         return "empty"
+    if not is_text(answer):
+        return "no text: half a surrogate pair"
     if [w.casefold() for w in words] == [w.casefold() for w in before]:
         return "equal to the original"
     if len(words) > 2 * len(before) + 10:
@@ -113,7 +116,9 @@ def rephrase(
         if why
     ]
     rows = [
-        e | {kind: written[split, n, kind][0] for kind in missing} | {"split": split}
+        e
+        | {"prompt": getattr(e["prompt"], "turns", e["prompt"]), "split": split}
+        | {kind: written[split, n, kind][0] for kind in missing}
         for split, part in examples.items()
         for n, e in enumerate(part)
         if not any(written[split, n, kind][1] for kind in missing)

@@ -64,6 +64,8 @@ class Tune:
     clip: float
     max_prompt: int
     max_response: int
+    format: str
+    skip_bad_rows: str
     probe_tokens: int | None
     lora: int
     bf16: bool
@@ -87,7 +89,8 @@ def tune(work: Path, s: Tune) -> pd.DataFrame:
     quiet()
     one_pass = share_of_batch(s.batch_size, s.accumulation, world)
     lm, tokenizer = models.read(s.model, device=s.device, dtype=s.dtype)
-    examples, test_set = preferences.load(s.data, "train", limit=s.n_train), preferences.load(s.data, "test")
+    splits = (("train", s.n_train), ("test", None))
+    examples, test_set = (preferences.load(s.data, split, limit, s.skip_bad_rows) for split, limit in splits)
     probed = recipe.probe_set(lm, tokenizer, examples, test_set, s)
     if s.start:
         lm, tokenizer = models.read(s.start, device=s.device, dtype=s.dtype)
