@@ -49,11 +49,11 @@ upgrade:  ## renew locks/: the newest versions that pyproject.toml allows
 book: $(READY)  ## run every stale notebook at SCALE and build book/_build/html
 	$(PY) -m lddyn book --scale $(SCALE)
 
-test: $(READY)  ## run the tests
-	$(PY) -m pytest
+test: $(READY)  ## run the tests, two at a time, and name the ten slowest; pytest -m "not slow" is the quick loop
+	$(PY) -m pytest -n 2 --dist worksteal --durations 10 -m "not browser"
 
 browser: $(READY)  ## look at the built book in Chromium: maths, figures, links, no outside request
-	$(PY) -m pytest tests/test_browser.py -m browser
+	$(PY) -m pytest tests/publish/test_browser.py
 
 pdf: $(READY)  ## print the built book to book/_build/companion.pdf (needs Chromium)
 	$(PY) -m lddyn pdf
@@ -64,8 +64,8 @@ run: $(READY)  ## run one notebook: make run NAME=01_mnist ARGS="-p seeds 2"
 bench: $(READY)  ## measure speed side by side, as ratios in one run
 	$(PY) -m benchmarks.bench
 
-check: $(READY)  ## lint and check the format
-	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+check: $(READY)  ## lint, format, types
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 format: $(READY)  ## mend lint and format
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .

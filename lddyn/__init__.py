@@ -5,6 +5,7 @@ Rooms, imports only go down: theory and data, engine, chapters, workshop, publis
 
 import os
 import warnings
+from collections.abc import Iterable
 
 # before transformers and TRL are imported: TRL tells the hub of each trainer that is built
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -25,11 +26,11 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what, where, what is allowed."""
 
 
-def unknown(kind: str, name: object, allowed) -> InputError:
+def unknown(kind: str, name: object, allowed: Iterable[object]) -> InputError:
     """The error for a name that is not known: the nearest one that is, and the whole choice."""
     from difflib import get_close_matches
 
-    allowed = [str(a) for a in allowed]
-    near = get_close_matches(str(name), allowed, 1)
+    names = [str(a) for a in allowed]
+    near = get_close_matches(str(name), names, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return InputError(f"unknown {kind} {name!r}{hint} (allowed: {', '.join(allowed)})")
+    return InputError(f"unknown {kind} {name!r}{hint} (allowed: {', '.join(names)})")

@@ -1,5 +1,9 @@
+import contextlib
+import json
 import os
+import threading
 from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -45,3 +49,78 @@ def model_folder(tmp_path_factory):
         return folder
 
     return build
+
+
+@pytest.fixture(autouse=True)
+def runs_folder(tmp_path, monkeypatch):
+    """The runs of a test go to a folder of its own, whatever ran before or runs beside it."""
+    monkeypatch.setenv("LDDYN_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """A function that writes rows to a JSON Lines file of this test."""
+
+    def write(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def pairs():
+    """A function from a number to rows of preferences about cats; the last `test` of them belong to the test split."""
+
+    def rows(count: int, test: int = 0, kinds: tuple[str, ...] = ()) -> list[dict]:
+        return [
+            {
+                "prompt": f"Question: how many legs have {n} cats?\nAnswer:",
+                "chosen": f"They have {4 * n} legs, four for each of the cats.",
+                "rejected": f"They have {2 * n} legs, two for each of the cats.",
+                **{kind: f"Of {n} cats this is a text of the kind {kind}." for kind in kinds},
+                **({"split": "test" if n > count - test else "train"} if test else {}),
+            }
+            for n in range(1, count + 1)
+        ]
+
+    return rows
+
+
+@pytest.fixture
+def serve():
+    """A function that answers HTTP on this machine with `answer(path, headers, body) -> (status, headers, bytes)`.
+
+    It returns the address, with a port that was free.
+    """
+    servers = []
+
+    def start(answer) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                status, headers, content = answer(self.path, dict(self.headers), body)
+                self.send_response(status)
+                for name, value in (headers | {"Content-Length": str(len(content))}).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with contextlib.suppress(BrokenPipeError):
+                    self.wfile.write(content)
+
+            do_GET = do_POST
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

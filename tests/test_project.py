@@ -78,6 +78,18 @@ def test_make_ci_and_the_workflows_install_from_the_lock():
     assert len(weekly) == 2 and all("LOCK=newest" in line for line in weekly)
 
 
+def test_make_pre_commit_and_ci_check_the_same():
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [(r["repo"], h["entry"]) for r in repositories for h in r["hooks"]] == [("local", "make check")]
+    make = (ROOT / "Makefile").read_text()
+    assert re.search(r"^check: .*\n\t(.*)", make, re.M)[1].replace("$(PY) -m ", "").split(" && ") == [
+        "ruff check .", "ruff format --check .", "mypy",
+    ]  # fmt: skip
+    steps = re.findall(r"^make (.*)", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert steps == ["check", "book SCALE=smoke", "browser", "test"]
+    assert all((ROOT / path).exists() for path in re.findall(r"tests/\S+", make))
+
+
 def room_of(module: str) -> str:
     """`engine` for lddyn.engine.models."""
     return module.split(".")[1]

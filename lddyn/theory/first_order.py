@@ -15,7 +15,7 @@ functions leave the model as it was. Log-probabilities are in nats, and logits o
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lddyn import InputError
 from lddyn.theory import losses
 
+Model = Any  # a causal LM of `transformers`, perhaps wrapped by PEFT
 Text = tuple[Sequence[int], Sequence[int]]  # prompt, response
 Parameters = dict[str, Tensor]  # some or all of a model's parameters, or a direction among them
 BATCH_TOKENS = {"cpu": 2048, "cuda": 2**14}
@@ -42,7 +43,7 @@ class Change(NamedTuple):
 # --- parameters and directions -----------------------------------------------------------------------------
 
 
-def parameters(model) -> Parameters:
+def parameters(model: Model) -> Parameters:
     """A detached copy of the trainable parameters: where a step starts from, or where it ended."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -67,7 +68,7 @@ def inner(a: Parameters, b: Parameters) -> float:
     return sum((d * b[name]).double().sum().item() for name, d in a.items())
 
 
-def trainable(model, direction: Parameters | None = None) -> Parameters:
+def trainable(model: Model, direction: Parameters | None = None) -> Parameters:
     """The trainable parameters as they are, or those that a direction names; not copied."""
     named = dict(model.named_parameters())
     if direction is None:
@@ -96,14 +97,15 @@ class Batch(NamedTuple):
     targets: Tensor  # (response tokens,)
 
 
-def batches(model, texts: Sequence[Text], budget: int | None) -> Iterator[Batch]:
+def batches(model: Model, texts: Sequence[Text], budget: int | None) -> Iterator[Batch]:
     """Texts with prompts of similar length together, at most `budget` padded tokens at a time."""
     vocabulary = model.get_output_embeddings().weight.shape[0]
     budget = min(budget or BATCH_TOKENS.get(model.device.type, 2048), max(1, BATCH_LOGITS // vocabulary))
     for prompt, response in texts:
         if not prompt or not response:
             raise InputError("a text needs at least one token of prompt and one of response")
-    rows, width = [], 0
+    rows: list[int] = []
+    width = 0
     for number in sorted(range(len(texts)), key=lambda i: (len(texts[i][0]), len(texts[i][1]))):
         length = sum(map(len, texts[number]))
         if rows and (len(rows) + 1) * max(width, length) > budget:
@@ -115,7 +117,7 @@ def batches(model, texts: Sequence[Text], budget: int | None) -> Iterator[Batch]
         yield _batch(model, texts, rows)
 
 
-def _batch(model, texts: Sequence[Text], rows: list[int]) -> Batch:
+def _batch(model: Model, texts: Sequence[Text], rows: list[int]) -> Batch:
     whole = [[*texts[i][0], *texts[i][1]] for i in rows]
     width, first = max(map(len, whole)), min(len(texts[i][0]) for i in rows) - 1
     lengths = [len(texts[i][1]) for i in rows]
@@ -136,10 +138,11 @@ def _batch(model, texts: Sequence[Text], rows: list[int]) -> Batch:
     )
 
 
-def response_logits(model, theta: Parameters, batch: Batch) -> Tensor:
+def response_logits(model: Model, theta: Parameters, batch: Batch) -> Tensor:
     """Logits that predict the response tokens of a batch, (response tokens, V)."""
     inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "logits_to_keep": batch.kept}
-    return functional_call(model, theta, (), inputs | {"use_cache": False}).logits[batch.at]
+    z: Tensor = functional_call(model, theta, (), inputs | {"use_cache": False}).logits[batch.at]
+    return z
 
 
 def _of_targets(z: Tensor, targets: Tensor) -> Tensor:
@@ -147,7 +150,7 @@ def _of_targets(z: Tensor, targets: Tensor) -> Tensor:
 
 
 @contextmanager
-def differentiable(model) -> Iterator[None]:
+def differentiable(model: Model) -> Iterator[None]:
     """Evaluation mode, and attention that has forward-mode derivatives; afterwards everything is as before.
 
     SDPA is held to its math kernel; anything else but eager attention (flash kernels) becomes eager meanwhile.
@@ -168,15 +171,16 @@ def differentiable(model) -> Iterator[None]:
             module.training = training
 
 
-def logps(model, texts: Sequence[Text], theta: Parameters | None = None, batch_tokens: int | None = None):
+def logps(
+    model: Model, texts: Sequence[Text], theta: Parameters | None = None, batch_tokens: int | None = None
+) -> list[Tensor]:
     """log pi of each response, token by token: a list of (tokens,); `theta` stands in for parameters of the model."""
-    found: list[Tensor] = [None] * len(texts)
+    found: dict[int, Tensor] = {}
     with differentiable(model), torch.no_grad():
         for batch in batches(model, texts, batch_tokens):
             of_tokens = _of_targets(response_logits(model, theta or {}, batch), batch.targets)
-            for number, part in zip(batch.numbers, of_tokens.split(batch.lengths), strict=True):
-                found[number] = part
-    return found
+            found.update(zip(batch.numbers, of_tokens.split(batch.lengths), strict=True))
+    return [found[number] for number in range(len(texts))]
 
 
 def sums(tokens: Sequence[Tensor]) -> Tensor:
@@ -188,7 +192,7 @@ def sums(tokens: Sequence[Tensor]) -> Tensor:
 
 
 def predicted_change(
-    model,
+    model: Model,
     update: Parameters,
     observations: Sequence[Text],
     start: Parameters | None = None,
@@ -204,28 +208,29 @@ def predicted_change(
     theta = trainable(model, update)
     if start is not None:
         theta = {name: start[name] for name in theta}
-    tokens: list[Tensor] = [None] * len(observations)
+    changes: dict[int, Tensor] = {}
     before = torch.zeros(len(observations), dtype=torch.float64)
     with differentiable(model), torch.no_grad():
         for batch in batches(model, observations, batch_tokens):
 
-            def of_parameters(p: Parameters, batch=batch) -> Tensor:
+            def of_parameters(p: Parameters, batch: Batch = batch) -> Tensor:
                 return _of_targets(response_logits(model, p, batch), batch.targets)
 
-            logp, change = jvp(of_parameters, (theta,), (update,))
-            parts = zip(batch.numbers, logp.split(batch.lengths), change.split(batch.lengths), strict=True)
-            for number, of_text, part in parts:
-                tokens[number], before[number] = part, of_text.double().sum()
+            logp, change = jvp(of_parameters, (theta,), (update,))[:2]
+            changes.update(zip(batch.numbers, change.split(batch.lengths), strict=True))
+            for number, of_text in zip(batch.numbers, logp.split(batch.lengths), strict=True):
+                before[number] = of_text.double().sum()
+    tokens = [changes[number] for number in range(len(observations))]
     return Change(tokens, sums(tokens).cpu(), before)
 
 
 def gradient(
-    model,
+    model: Model,
     chosen: Sequence[Text],
     rejected: Sequence[Text] | None = None,
-    loss: Callable = losses.sft_loss,
+    loss: Callable[..., Tensor] = losses.sft_loss,
     reference: tuple[Tensor, Tensor] | None = None,
-    **settings,
+    **settings: Any,
 ) -> Parameters:
     """Gradient of the mean loss over a batch with respect to the trainable parameters: J_u^T G.
 
@@ -235,8 +240,8 @@ def gradient(
     """
     theta = {name: p.requires_grad_() for name, p in trainable(model).items()}
     with differentiable(model), torch.enable_grad():
-        sides = [_summed(model, theta, texts) if texts else None for texts in (chosen, rejected)]
-        good, bad = sides[0], torch.zeros_like(sides[0]) if sides[1] is None else sides[1]
+        good = _summed(model, theta, chosen)
+        bad = _summed(model, theta, rejected) if rejected else torch.zeros_like(good)
         ref = (good.detach(), bad.detach()) if reference is None else reference
         value = loss(good, bad, *(r.to(good) for r in ref), **settings).mean()
         found = torch.autograd.grad(value, list(theta.values()), allow_unused=True)
@@ -244,17 +249,19 @@ def gradient(
     return {name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in pairs}
 
 
-def _summed(model, theta: Parameters, texts: Sequence[Text]) -> Tensor:
+def _summed(model: Model, theta: Parameters, texts: Sequence[Text]) -> Tensor:
     (batch,) = batches(model, texts, 2**62) if len(texts) == 1 else (_batch(model, texts, list(range(len(texts)))),)
     of_tokens = _of_targets(response_logits(model, theta, batch), batch.targets)
     return torch.stack([part.sum() for part in of_tokens.split(batch.lengths)])
 
 
-def step(model, eta: float, chosen: Sequence[Text], rejected: Sequence[Text] | None = None, **options) -> Parameters:
+def step(
+    model: Model, eta: float, chosen: Sequence[Text], rejected: Sequence[Text] | None = None, **options: Any
+) -> Parameters:
     """The update of one plain gradient step, -eta times `gradient`, for `predicted_change`."""
     return scaled(gradient(model, chosen, rejected, **options), -eta)
 
 
-def stepped(model, update: Parameters) -> Parameters:
+def stepped(model: Model, update: Parameters) -> Parameters:
     """The parameters after an update, to be given to `logps`; the model stays as it is."""
     return {name: p + update[name] for name, p in trainable(model, update).items()}

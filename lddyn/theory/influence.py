@@ -50,11 +50,12 @@ def entk_matrix_free(logits: Logits, parameters: dict[str, Tensor], x_o: Tensor,
 
     x_o, x_u: one input each. Returns (V, V).
     """
-    z_u, pull_back = vjp(lambda theta: logits(theta, x_u), parameters)
+    z_u, pull_back = vjp(lambda theta: logits(theta, x_u), parameters)[:2]
 
     def column(v: Tensor) -> Tensor:
         (direction,) = pull_back(v)
-        return jvp(lambda theta: logits(theta, x_o), (parameters,), (direction,))[1]
+        change: Tensor = jvp(lambda theta: logits(theta, x_o), (parameters,), (direction,))[1]
+        return change
 
     return torch.stack([column(e) for e in torch.eye(len(z_u), dtype=z_u.dtype)], dim=1)
 

@@ -17,6 +17,7 @@ from torch.func import functional_call, jvp, vjp, vmap
 from lddyn import InputError
 from lddyn.theory import influence, losses
 from lddyn.theory.first_order import (
+    Model,
     Parameters,
     Text,
     batches,
@@ -50,15 +51,14 @@ class Factors(NamedTuple):
 # --- the two halves of K, and the whole of it ---------------------------------------------------------------
 
 
-def logits(model, texts: Sequence[Text], batch_tokens: int | None = None) -> list[Tensor]:
+def logits(model: Model, texts: Sequence[Text], batch_tokens: int | None = None) -> list[Tensor]:
     """Logits of each response, a list of (tokens, V)."""
-    found: list[Tensor] = [None] * len(texts)
+    found: dict[int, Tensor] = {}
     with differentiable(model), torch.no_grad():
         for batch in batches(model, texts, batch_tokens):
             z = response_logits(model, {}, batch)
-            for number, part in zip(batch.numbers, z.split(batch.lengths), strict=True):
-                found[number] = part
-    return found
+            found.update(zip(batch.numbers, z.split(batch.lengths), strict=True))
+    return [found[number] for number in range(len(texts))]
 
 
 def residual(z: Tensor, response: Sequence[int], force: float = 1.0) -> Tensor:
@@ -66,11 +66,11 @@ def residual(z: Tensor, response: Sequence[int], force: float = 1.0) -> Tensor:
     return force * losses.sft(z.softmax(-1), torch.as_tensor(response, device=z.device))
 
 
-def pull_back(model, texts: Sequence[Text], v: Sequence[Tensor]) -> Parameters:
+def pull_back(model: Model, texts: Sequence[Text], v: Sequence[Tensor]) -> Parameters:
     """The right half of K: sum over texts of J_u^T v, a direction among the parameters. v: a (tokens, V) for each."""
     theta = {name: p.requires_grad_() for name, p in trainable(model).items()}
     with differentiable(model), torch.enable_grad():
-        total = 0.0
+        total = torch.zeros((), device=model.device)
         for batch in batches(model, texts, 2**62):
             weights = torch.cat([v[number] for number in batch.numbers])
             total = total + (response_logits(model, theta, batch) * weights).sum()
@@ -79,28 +79,31 @@ def pull_back(model, texts: Sequence[Text], v: Sequence[Tensor]) -> Parameters:
     return {name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in pairs}
 
 
-def push_forward(model, direction: Parameters, texts: Sequence[Text], batch_tokens: int | None = None) -> list[Tensor]:
+def push_forward(
+    model: Model, direction: Parameters, texts: Sequence[Text], batch_tokens: int | None = None
+) -> list[Tensor]:
     """The left half of K: J_o times a direction, the first-order change of all logits. A (tokens, V) for each text."""
-    theta, found = trainable(model, direction), [None] * len(texts)
+    theta = trainable(model, direction)
+    found: dict[int, Tensor] = {}
     with differentiable(model), torch.no_grad():
         for batch in batches(model, texts, batch_tokens):
-            _, change = jvp(lambda p, batch=batch: response_logits(model, p, batch), (theta,), (direction,))
-            for number, part in zip(batch.numbers, change.split(batch.lengths), strict=True):
-                found[number] = part
-    return found
+            change = jvp(lambda p, batch=batch: response_logits(model, p, batch), (theta,), (direction,))[1]
+            found.update(zip(batch.numbers, change.split(batch.lengths), strict=True))
+    return [found[number] for number in range(len(texts))]
 
 
-def kernel_product(model, observations: Sequence[Text], update: Text, v: Tensor) -> list[Tensor]:
+def kernel_product(model: Model, observations: Sequence[Text], update: Text, v: Tensor) -> list[Tensor]:
     """K v = J_o (J_u^T v) without K. v: (tokens of the update, V). Returns a (tokens, V) for each observation."""
     return push_forward(model, pull_back(model, [update], [v]), observations)
 
 
 def log_changes(z: Tensor, dz: Tensor) -> Tensor:
     """A dz: the change of log pi of the whole vocabulary that a change of logits means. (tokens, V), nats."""
-    return dz - torch.linalg.vecdot(z.softmax(-1), dz).unsqueeze(-1)
+    mean: Tensor = torch.linalg.vecdot(z.softmax(-1), dz)  # (tokens,)
+    return dz - mean.unsqueeze(-1)
 
 
-def kernel_at(model, observation: Text, update: Text, m: int, l: int) -> Tensor:
+def kernel_at(model: Model, observation: Text, update: Text, m: int, l: int) -> Tensor:
     """K(chi_o, chi_u) between token m of one response and token l of another, exactly: (V, V).
 
     Only the hidden states' Jacobians (width x parameters) are materialised. With z = W h, J = W dh + dW h, so
@@ -114,16 +117,16 @@ def kernel_at(model, observation: Text, update: Text, m: int, l: int) -> Tensor:
     h_o, jacobian_o = _hidden_jacobian(model, observation, m)
     h_u, jacobian_u = _hidden_jacobian(model, update, l)
     shared = sum(jacobian_o[n].flatten(1) @ jacobian_u[n].flatten(1).T for n in jacobian_o)  # (width, width)
-    w = head.weight.detach()  # (V, width)
+    w: Tensor = head.weight.detach()  # (V, width)
     k = w @ shared @ w.T
     k += w @ (jacobian_o[name] @ h_u) + (w @ (jacobian_u[name] @ h_o)).T  # (width, V, width) @ (width,)
     k.diagonal().add_(h_o @ h_u)
     return k
 
 
-def _hidden_jacobian(model, text: Text, position: int) -> tuple[Tensor, Parameters]:
+def _hidden_jacobian(model: Model, text: Text, position: int) -> tuple[Tensor, Parameters]:
     """The hidden state that predicts a response token, (width,), and its derivatives, (width, *shape) each."""
-    seen = []
+    seen: list[Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     ids = torch.tensor([[*text[0], *text[1]]], device=model.device)
 
@@ -133,7 +136,7 @@ def _hidden_jacobian(model, text: Text, position: int) -> tuple[Tensor, Paramete
 
     try:
         with differentiable(model):
-            h, pull = vjp(hidden, trainable(model))
+            h, pull = vjp(hidden, trainable(model))[:2]
             (jacobian,) = vmap(pull)(torch.eye(len(h), dtype=h.dtype, device=h.device))
     finally:
         hook.remove()
@@ -141,7 +144,7 @@ def _hidden_jacobian(model, text: Text, position: int) -> tuple[Tensor, Paramete
 
 
 def factors(
-    model,
+    model: Model,
     observation: Text,
     update: Text,
     m: int = 0,
@@ -174,7 +177,7 @@ def _largest(values: Tensor, token: int, top: int | None) -> Tensor:
 
 
 def kernel_norms(
-    model, observations: Sequence[Text], update: Text, probes: int = 4, sketch: int = 4, seed: int = 0
+    model: Model, observations: Sequence[Text], update: Text, probes: int = 4, sketch: int = 4, seed: int = 0
 ) -> list[Estimate]:
     """||K(chi_o, chi_u)||_F over all pairs of tokens and the whole vocabulary, estimated for each observation.
 
@@ -197,12 +200,12 @@ def kernel_norms(
     return [Estimate(*(math.sqrt(max(0.0, value)) for value in square)) for square in found]
 
 
-def kernel_trace(model, text: Text, probes: int = 8, seed: int = 0) -> Estimate:
+def kernel_trace(model: Model, text: Text, probes: int = 8, seed: int = 0) -> Estimate:
     """trace K(chi, chi) = ||J||_F^2 over all tokens of a response, from E ||J^T v||^2 for random signs v."""
     return _estimate([norm(pull_back(model, [text], [v])) ** 2 for v in _signs(model, text, probes, seed)])
 
 
-def _signs(model, text: Text, probes: int, seed: int) -> Iterator[Tensor]:
+def _signs(model: Model, text: Text, probes: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weight = model.get_output_embeddings().weight
     for _ in range(probes):
@@ -236,33 +239,35 @@ def sign_delta(z: Tensor, dz: Tensor) -> float:
     return log_changes(z, dz).mean().item()
 
 
-def ches(model, chosen: Sequence[Text], rejected: Sequence[Text]) -> Tensor:
+def ches(model: Model, chosen: Sequence[Text], rejected: Sequence[Text]) -> Tensor:
     """The centred hidden embedding similarity of each pair, <H+, H-> - ||H+||^2 (Razin et al., arXiv 2410.08847).
 
     H sums the last hidden states that predict the tokens of a response. A high score marks pairs whose chosen answer
     DPO is expected to make less likely. Returns (pairs,).
     """
     good, bad = (_hidden_sums(model, texts) for texts in (chosen, rejected))  # (pairs, width)
-    return torch.linalg.vecdot(good, bad) - good.square().sum(-1)
+    similarity: Tensor = torch.linalg.vecdot(good, bad)
+    return similarity - good.square().sum(-1)
 
 
 @torch.no_grad()
-def _hidden_sums(model, texts: Sequence[Text]) -> Tensor:
-    seen, found = [], [None] * len(texts)
+def _hidden_sums(model: Model, texts: Sequence[Text]) -> Tensor:
+    seen: list[Tensor] = []
+    found: dict[int, Tensor] = {}
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         with differentiable(model):
             for batch in batches(model, texts, None):
                 response_logits(model, {}, batch)
                 hidden = seen.pop()[batch.at].double()  # (response tokens, width)
-                for number, part in zip(batch.numbers, hidden.split(batch.lengths), strict=True):
-                    found[number] = part.sum(0)
+                sums = [part.sum(0) for part in hidden.split(batch.lengths)]
+                found.update(zip(batch.numbers, sums, strict=True))
     finally:
         hook.remove()
-    return torch.stack(found)
+    return torch.stack([found[number] for number in range(len(texts))])
 
 
-def gradient_products(model, chosen: Sequence[Text], rejected: Sequence[Text]) -> Tensor:
+def gradient_products(model: Model, chosen: Sequence[Text], rejected: Sequence[Text]) -> Tensor:
     """<grad log pi+, grad log pi->, ||grad log pi+||^2 and ||grad log pi-||^2 of each pair. Returns (pairs, 3).
 
     To first order one step of DPO raises the chosen answer by its force times eta times (the second minus the first):

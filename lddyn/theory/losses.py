@@ -14,9 +14,14 @@ over tokens. With the log-ratios to the reference, r+ = chosen - ref_chosen and 
 the margin is h = r+ - r-.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
+
+Number = Tensor | float  # one for all pairs, or one for each
+Forces = tuple[Tensor, Tensor]  # on chosen and on rejected
 
 
 def sft(p: Tensor, y: Tensor) -> Tensor:
@@ -27,55 +32,55 @@ def sft(p: Tensor, y: Tensor) -> Tensor:
     return p - one_hot(y, p.shape[-1]).to(p.dtype)
 
 
-def margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
+def margin(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number) -> Tensor:
     """h: how much more the policy prefers chosen to rejected than the reference does, in nats."""
     return (chosen - ref_chosen) - (rejected - ref_rejected)
 
 
-def sft_loss(chosen, rejected, ref_chosen, ref_rejected) -> Tensor:
+def sft_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number) -> Tensor:
     """-log pi(chosen) (eq. 4)."""
     return -chosen
 
 
-def sft_force(chosen, rejected, ref_chosen, ref_rejected) -> tuple[Tensor, Tensor]:
+def sft_force(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number) -> Forces:
     return torch.ones_like(chosen), torch.zeros_like(rejected)
 
 
-def unlearning_loss(chosen, rejected, ref_chosen, ref_rejected) -> Tensor:
+def unlearning_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number) -> Tensor:
     """+log pi(rejected): gradient ascent on the negative log-likelihood. Nothing bounds it from below."""
     return rejected
 
 
-def unlearning_force(chosen, rejected, ref_chosen, ref_rejected) -> tuple[Tensor, Tensor]:
+def unlearning_force(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number) -> Forces:
     return torch.zeros_like(chosen), -torch.ones_like(rejected)
 
 
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1) -> Tensor:
+def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number, beta: float = 0.1) -> Tensor:
     """-log sigmoid(beta h) (eq. 6)."""
     return -logsigmoid(beta * margin(chosen, rejected, ref_chosen, ref_rejected))
 
 
-def dpo_force(chosen, rejected, ref_chosen, ref_rejected, beta=0.1) -> tuple[Tensor, Tensor]:
+def dpo_force(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number, beta: float = 0.1) -> Forces:
     """beta (1 - a) with a = sigmoid(beta h) (eq. 7): it fades as the pair is separated."""
     force = beta * torch.sigmoid(-beta * margin(chosen, rejected, ref_chosen, ref_rejected))
     return force, -force
 
 
-def spin_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1) -> Tensor:
+def spin_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number, beta: float = 0.1) -> Tensor:
     """DPO where rejected was sampled from the reference, the policy of the last round (Chen et al., 2024)."""
     return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
 
 
-def spin_force(chosen, rejected, ref_chosen, ref_rejected, beta=0.1) -> tuple[Tensor, Tensor]:
+def spin_force(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number, beta: float = 0.1) -> Forces:
     return dpo_force(chosen, rejected, ref_chosen, ref_rejected, beta)
 
 
-def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1) -> Tensor:
+def ipo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number, beta: float = 0.1) -> Tensor:
     """(h - 1 / (2 beta))^2 (eq. 16). TRL divides each log-ratio by its length first."""
     return (margin(chosen, rejected, ref_chosen, ref_rejected) - 1 / (2 * beta)) ** 2
 
 
-def ipo_force(chosen, rejected, ref_chosen, ref_rejected, beta=0.1) -> tuple[Tensor, Tensor]:
+def ipo_force(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number, beta: float = 0.1) -> Forces:
     """2 (1 / (2 beta) - h): it turns round once the margin is larger than its target.
 
     Printed in eq. 17 is the force of DPO with a = h - 1 / (2 beta), beta (1 - a), which is not this.
@@ -84,7 +89,10 @@ def ipo_force(chosen, rejected, ref_chosen, ref_rejected, beta=0.1) -> tuple[Ten
     return force, -force
 
 
-def slic_loss(chosen, rejected, ref_chosen, ref_rejected, delta=1.0, lam=0.1, target=0.0) -> Tensor:
+def slic_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    delta: float = 1.0, lam: float = 0.1, target: Number = 0.0,
+) -> Tensor:  # fmt: skip
     """max(0, delta - (chosen - rejected)) - lam log pi(target) (eq. 18); no reference model.
 
     target: log-probability of the response that the regulariser holds on to, often the SFT answer.
@@ -92,7 +100,10 @@ def slic_loss(chosen, rejected, ref_chosen, ref_rejected, delta=1.0, lam=0.1, ta
     return torch.relu(delta - (chosen - rejected)) - lam * target
 
 
-def slic_force(chosen, rejected, ref_chosen, ref_rejected, delta=1.0, lam=0.1, target=0.0) -> tuple[Tensor, Tensor]:
+def slic_force(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    delta: float = 1.0, lam: float = 0.1, target: Number = 0.0,
+) -> Forces:  # fmt: skip
     """1 until the margin is delta, then 0; on the target it is always lam.
 
     Printed in eq. 19 and 20 is this times the force of DPO.
@@ -101,12 +112,12 @@ def slic_force(chosen, rejected, ref_chosen, ref_rejected, delta=1.0, lam=0.1, t
     return force, -force
 
 
-def sppo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1) -> Tensor:
+def sppo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number, beta: float = 0.1) -> Tensor:
     """(r+ - 1 / (2 beta))^2 + (r- + 1 / (2 beta))^2 (eq. 21; 1 / beta is the paper's eta)."""
     return (chosen - ref_chosen - 1 / (2 * beta)) ** 2 + (rejected - ref_rejected + 1 / (2 * beta)) ** 2
 
 
-def sppo_force(chosen, rejected, ref_chosen, ref_rejected, beta=0.1) -> tuple[Tensor, Tensor]:
+def sppo_force(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number, beta: float = 0.1) -> Forces:
     """2 (1 / (2 beta) - r+) and -2 (r- + 1 / (2 beta)): opposite at the start, each stops at its own target.
 
     Printed in eq. 22 is 2 (r+ - 1 / (2 beta)) and +2 (r- + 1 / (2 beta)): both signs are turned round.
@@ -115,21 +126,26 @@ def sppo_force(chosen, rejected, ref_chosen, ref_rejected, beta=0.1) -> tuple[Te
 
 
 def simpo_loss(
-    chosen, rejected, ref_chosen, ref_rejected, beta=2.0, gamma=1.0, chosen_length=1, rejected_length=1
-) -> Tensor:
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    beta: float = 2.0, gamma: float = 1.0, chosen_length: Number = 1, rejected_length: Number = 1,
+) -> Tensor:  # fmt: skip
     """-log sigmoid(beta (mean chosen - mean rejected) - gamma), means per token (Meng et al., 2024)."""
     return -logsigmoid(beta * (chosen / chosen_length - rejected / rejected_length) - gamma)
 
 
 def simpo_force(
-    chosen, rejected, ref_chosen, ref_rejected, beta=2.0, gamma=1.0, chosen_length=1, rejected_length=1
-) -> tuple[Tensor, Tensor]:
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    beta: float = 2.0, gamma: float = 1.0, chosen_length: Number = 1, rejected_length: Number = 1,
+) -> Forces:  # fmt: skip
     """beta sigmoid(gamma - beta (mean margin)) over the length of each response."""
     force = beta * torch.sigmoid(gamma - beta * (chosen / chosen_length - rejected / rejected_length))
     return force / chosen_length, -force / rejected_length
 
 
-def kto_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kl=0.0) -> Tensor:
+def kto_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    beta: float = 0.1, kl: Number = 0.0,
+) -> Tensor:  # fmt: skip
     """2 - sigmoid(beta (r+ - kl)) - sigmoid(beta (kl - r-)) (Ethayarajh et al., 2024).
 
     kl: the batch's estimate of KL(policy || reference), nats, through which no gradient flows.
@@ -138,22 +154,29 @@ def kto_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kl=0.0) -> Te
     return 2 - torch.sigmoid(good) - torch.sigmoid(-bad)
 
 
-def kto_force(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kl=0.0) -> tuple[Tensor, Tensor]:
+def kto_force(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    beta: float = 0.1, kl: Number = 0.0,
+) -> Forces:  # fmt: skip
     """beta a (1 - a) with a = sigmoid(beta (r - kl)) for each side alone: it fades in both directions."""
     good = torch.sigmoid(beta * (chosen - ref_chosen - kl))
     bad = torch.sigmoid(beta * (rejected - ref_rejected - kl))
     return beta * good * (1 - good), -beta * bad * (1 - bad)
 
 
-def orpo_loss(chosen, rejected, ref_chosen, ref_rejected, lam=0.1, chosen_length=1, rejected_length=1) -> Tensor:
+def orpo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    lam: float = 0.1, chosen_length: Number = 1, rejected_length: Number = 1,
+) -> Tensor:  # fmt: skip
     """-log p+ - lam log sigmoid(log odds(p+) - log odds(p-)), p = exp(mean per token) (Hong et al., 2024)."""
     good, bad = chosen / chosen_length, rejected / rejected_length
     return -good - lam * logsigmoid(log_odds(good) - log_odds(bad))
 
 
 def orpo_force(
-    chosen, rejected, ref_chosen, ref_rejected, lam=0.1, chosen_length=1, rejected_length=1
-) -> tuple[Tensor, Tensor]:
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    lam: float = 0.1, chosen_length: Number = 1, rejected_length: Number = 1,
+) -> Forces:  # fmt: skip
     """(1 + w / (1 - p+)) / L+ and -w / (1 - p-) / L-, with w = lam sigmoid(log odds(p-) - log odds(p+))."""
     good, bad = chosen / chosen_length, rejected / rejected_length
     weight = lam * torch.sigmoid(log_odds(bad) - log_odds(good))
@@ -165,46 +188,65 @@ def log_odds(logp: Tensor) -> Tensor:
     return logp - torch.log(-torch.expm1(logp))
 
 
-def dpop_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, lam=5.0) -> Tensor:
+def dpop_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    beta: float = 0.1, lam: float = 5.0,
+) -> Tensor:  # fmt: skip
     """DPO with the margin less lam max(0, -r+), a fine for losing the chosen answer (Pal et al., 2024)."""
     fine = lam * torch.relu(ref_chosen - chosen)
     return -logsigmoid(beta * (margin(chosen, rejected, ref_chosen, ref_rejected) - fine))
 
 
-def dpop_force(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, lam=5.0) -> tuple[Tensor, Tensor]:
+def dpop_force(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    beta: float = 0.1, lam: float = 5.0,
+) -> Forces:  # fmt: skip
     """beta (1 - a), and on chosen (1 + lam) times that while it is below its start."""
     fine = lam * torch.relu(ref_chosen - chosen)
     force = beta * torch.sigmoid(-beta * (margin(chosen, rejected, ref_chosen, ref_rejected) - fine))
     return force * (1 + lam * (chosen < ref_chosen)), -force
 
 
-def rpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, alpha=1.0, chosen_length=1) -> Tensor:
+def rpo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    beta: float = 0.1, alpha: float = 1.0, chosen_length: Number = 1,
+) -> Tensor:  # fmt: skip
     """DPO plus alpha times the per-token negative log-likelihood of chosen (Pang et al., 2024)."""
     return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta) - alpha * chosen / chosen_length
 
 
 def rpo_force(
-    chosen, rejected, ref_chosen, ref_rejected, beta=0.1, alpha=1.0, chosen_length=1
-) -> tuple[Tensor, Tensor]:
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    beta: float = 0.1, alpha: float = 1.0, chosen_length: Number = 1,
+) -> Forces:  # fmt: skip
     """DPO's force, and alpha / L+ more on chosen, which does not fade."""
     up, down = dpo_force(chosen, rejected, ref_chosen, ref_rejected, beta)
     return up + alpha / chosen_length, down
 
 
-def cdpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.1) -> Tensor:
+def cdpo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    beta: float = 0.1, label_smoothing: float = 0.1,
+) -> Tensor:  # fmt: skip
     """DPO with smoothed labels: a share of the pairs is held for labelled the wrong way (Mitchell, 2023)."""
     h = beta * margin(chosen, rejected, ref_chosen, ref_rejected)
     return -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)
 
 
-def cdpo_force(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.1) -> tuple[Tensor, Tensor]:
+def cdpo_force(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    beta: float = 0.1, label_smoothing: float = 0.1,
+) -> Forces:  # fmt: skip
     """beta (1 - a - label_smoothing): it turns round where a = sigmoid(beta h) is 1 - label_smoothing."""
     h = beta * margin(chosen, rejected, ref_chosen, ref_rejected)
     force = beta * (torch.sigmoid(-h) - label_smoothing)
     return force, -force
 
 
-def gated_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, rejected_length=1) -> Tensor:
+def gated_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    beta: float = 0.1, rejected_length: Number = 1,
+) -> Tensor:  # fmt: skip
     """DPO's loss; the gradient on rejected is multiplied by its probability per token, exp(rejected / length).
 
     Our own short form of the idea of Gate-DPO (Mouiche, 2026): a push fades where there is nothing left to push.
@@ -214,7 +256,10 @@ def gated_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, rejected_le
     return dpo_loss(chosen, held, ref_chosen, ref_rejected, beta)
 
 
-def gated_force(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, rejected_length=1) -> tuple[Tensor, Tensor]:
+def gated_force(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    beta: float = 0.1, rejected_length: Number = 1,
+) -> Forces:  # fmt: skip
     """DPO's force, on rejected times its probability per token."""
     up, down = dpo_force(chosen, rejected, ref_chosen, ref_rejected, beta)
     return up, down * torch.exp(rejected / rejected_length)
@@ -236,7 +281,14 @@ PAIRS = {
 }
 
 
-def gradient_error(loss, force, logits: Tensor, labels: Tensor, reference: Tensor, **settings) -> Tensor:
+def gradient_error(
+    loss: Callable[..., Tensor],
+    force: Callable[..., Forces],
+    logits: Tensor,
+    labels: Tensor,
+    reference: Tensor,
+    **settings: Number,
+) -> Tensor:
     """Largest |force (pi - y) - dL/dz| over both responses, with dL/dz from automatic differentiation.
 
     logits: (2, L, V) of chosen and rejected; labels: (2, L); reference: (2,) log-probabilities, nats. `loss`
@@ -252,18 +304,24 @@ def gradient_error(loss, force, logits: Tensor, labels: Tensor, reference: Tenso
 # --- the losses --------------------------------------------------------------------------------------------
 
 
-def mean_ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, chosen_length=1, rejected_length=1) -> Tensor:
+def mean_ipo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    beta: float = 0.1, chosen_length: Number = 1, rejected_length: Number = 1,
+) -> Tensor:  # fmt: skip
     """TRL's IPO: the squared distance of the margin from 1 / (2 beta), with log-ratios per token."""
     ratios = (chosen - ref_chosen) / chosen_length, (rejected - ref_rejected) / rejected_length
     return ipo_loss(*ratios, 0.0, 0.0, beta)
 
 
-def hinge_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1) -> Tensor:
+def hinge_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number, beta: float = 0.1) -> Tensor:
     """max(0, 1 - beta h): SLiC's hinge on the log-ratios to the reference, with delta = 1 / beta."""
     return torch.relu(1 - beta * margin(chosen, rejected, ref_chosen, ref_rejected))
 
 
-def robust_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0) -> Tensor:
+def robust_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
+    beta: float = 0.1, label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
     """DPO's loss, freed of the bias that a share `label_smoothing` of wrong labels gives it (Chowdhury, 2024)."""
     h = beta * margin(chosen, rejected, ref_chosen, ref_rejected)
     weighed = (1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lddyn.theory import losses
+from lddyn.theory.losses import Number
 
 # --- one step ----------------------------------------------------------------------------------------------
 
@@ -33,7 +34,7 @@ def sparsemax(z: Tensor) -> Tensor:
     return (z - total.gather(-1, support - 1) / support).clamp(min=0)
 
 
-def step(z: Tensor, y: Tensor, eta, outputs: Callable[[Tensor], Tensor] = softmax) -> Tensor:
+def step(z: Tensor, y: Tensor, eta: Number, outputs: Callable[[Tensor], Tensor] = softmax) -> Tensor:
     """The logits after one step, z - eta' (p - e_y), p = outputs(z).
 
     `outputs` may also be `sparsemax` or `torch.sigmoid`: with the loss that belongs to each (sparsemax loss, binary
@@ -42,7 +43,7 @@ def step(z: Tensor, y: Tensor, eta, outputs: Callable[[Tensor], Tensor] = softma
     return z - eta * losses.sft(outputs(z), y)
 
 
-def log_alpha(logp: Tensor, y: Tensor, eta, i: Tensor) -> Tensor:
+def log_alpha(logp: Tensor, y: Tensor, eta: Number, i: Tensor) -> Tensor:
     """Lemma 1: log(p_i after / p_i before) = log sum_j e^z_j - log sum_j beta_j e^z_j, as in the paper, in nats.
 
     i = y: beta_j = exp(-eta' (1 + p_j - p_i)), beta_y = 1. i != y: beta_j = exp(-eta' (p_j - p_i)),
@@ -56,13 +57,13 @@ def log_alpha(logp: Tensor, y: Tensor, eta, i: Tensor) -> Tensor:
     return -(logp - eta * exponent).logsumexp(-1)
 
 
-def first_order(p: Tensor, y: Tensor, eta) -> Tensor:
+def first_order(p: Tensor, y: Tensor, eta: Number) -> Tensor:
     """d log p_i = -eta' (p_i - 1[i = y] + p_y - ||p||^2), in nats: -eta' A G with A = I - 1 p^T. (..., V)."""
     g = losses.sft(p, y)
     return -eta * (g - (p * g).sum(-1, keepdim=True))
 
 
-def threshold(logp: Tensor, y: Tensor, eta) -> Tensor:
+def threshold(logp: Tensor, y: Tensor, eta: Number) -> Tensor:
     """The probability above which a label other than y rises in a negative step of this size, exactly. (...).
 
     T = (1 / |eta'|) log sum_j p_j exp(|eta'| (p_j - 1[j = y])). It grows with the step, from ||p||^2 - p_y
@@ -110,11 +111,11 @@ def with_pushed(z: Tensor, y: Tensor, p_y: float) -> Tensor:
     """Logits with the probability of y set to p_y and the shape of the rest kept."""
     at_y = one_hot(y, z.shape[-1]).bool()
     rest = z.masked_fill(at_y, -torch.inf).log_softmax(-1)
-    p_y = torch.tensor(p_y, dtype=z.dtype)
-    return torch.where(at_y, p_y.log(), rest + torch.log1p(-p_y))
+    p = torch.tensor(p_y, dtype=z.dtype)
+    return torch.where(at_y, p.log(), rest + torch.log1p(-p))
 
 
 def with_margin(margin: Tensor, start: float = -40.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log pi of chosen and rejected, moved apart from `start` by half the margin each, and under the reference."""
-    start = torch.full_like(margin, start)
-    return start + margin / 2, start - margin / 2, start, start
+    reference = torch.full_like(margin, start)
+    return reference + margin / 2, reference - margin / 2, reference, reference

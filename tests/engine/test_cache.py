@@ -46,8 +46,7 @@ def two_from(stage: store.Run) -> list[dict]:
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("LDDYN_RUNS", str(tmp_path / "runs"))
+def _no_calls_yet():
     CALLS.clear()
 
 

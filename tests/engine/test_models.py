@@ -17,9 +17,8 @@ needs_builtin = pytest.mark.skipif(not preferences.BUILTIN.exists(), reason="the
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """A built-in model that pre-trains in two seconds, in a cache of its own."""
-    monkeypatch.setenv("LDDYN_RUNS", str(tmp_path / "runs"))
+def tiny(monkeypatch):
+    """A built-in model that pre-trains in two seconds."""
     monkeypatch.setitem(models.SIZES, "test", TINY)
     return "test"
 

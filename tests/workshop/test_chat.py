@@ -1,9 +1,7 @@
-import contextlib
 import json
 import shutil
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,40 +16,21 @@ def reply(text):
 
 
 @pytest.fixture
-def server(monkeypatch, tmp_path):
-    """A chat server that answers from the list `server.script`, its last entry again and again."""
+def server(monkeypatch, serve):
+    """What a chat server was asked (`requests`); it answers from the list `script`, its last entry again and again."""
+    seen = SimpleNamespace(requests=[], script=[reply(" Other words. ")])
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            http.requests.append((self.path, dict(self.headers), body))
-            step = http.script.pop(0) if len(http.script) > 1 else http.script[0]
-            status, headers, content = step() if callable(step) else step
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            with contextlib.suppress(BrokenPipeError):
-                self.wfile.write(content)
+    def answer(path, headers, body):
+        seen.requests.append((path, headers, json.loads(body)))
+        step = seen.script.pop(0) if len(seen.script) > 1 else seen.script[0]
+        return step() if callable(step) else step
 
-        do_GET = do_POST
-
-        def log_message(self, *_):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads, http.requests, http.script = True, [], [reply(" Other words. ")]
-    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("LDDYN_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("LDDYN_API_URL", f"http://127.0.0.1:{http.server_port}/v1")
+    monkeypatch.setenv("LDDYN_API_URL", f"{serve(answer)}/v1")
     monkeypatch.setenv("LDDYN_API_MODEL", "some-model")
     monkeypatch.setenv("LDDYN_API_KEY", KEY)
-    yield http
-    http.shutdown()
-    http.server_close()
+    return seen
 
 
 def test_asks_the_named_model_with_the_key_and_one_user_turn(server):
@@ -110,14 +89,14 @@ def test_the_budget_counts_every_request_and_says_so(server):
     assert ask("one") == "Other words.", "what is cached stays free"
 
 
-def test_a_second_call_reads_the_cache_and_the_key_is_not_in_it(server, tmp_path):
+def test_a_second_call_reads_the_cache_and_the_key_is_not_in_it(server, runs_folder):
     chat.endpoint()("the same")
     assert chat.endpoint()("the same") == "Other words."
     assert len(server.requests) == 1
     chat.endpoint(max_tokens=9)("the same")
     chat.endpoint()("another")
     assert len(server.requests) == 3
-    files = list((tmp_path / "runs" / "chat").iterdir())
+    files = list((runs_folder / "chat").iterdir())
     assert len(files) == 3 and not any(KEY in f.read_text() for f in files)
 
 
@@ -143,8 +122,7 @@ def test_an_unknown_kind_of_chat_names_the_three_that_exist():
         chat.connect("gpt")
 
 
-def test_a_local_model_is_asked_through_its_template_when_it_has_one(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("LDDYN_RUNS", str(tmp_path / "runs"))
+def test_a_local_model_is_asked_through_its_template_when_it_has_one(model_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(model_folder("qwen2"), folder)
     plain = chat.connect(f"local:{folder}", max_tokens=6)

@@ -5,9 +5,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,15 +17,6 @@ from lddyn.engine import store
 from lddyn.workshop import launch, report, sweep
 
 EXAMPLES = store.ROOT / "book" / "examples"
-ROWS = [
-    {
-        "prompt": f"Question: how many legs have {n} cats?\nAnswer:",
-        "chosen": f"They have {4 * n} legs, four for each.",
-        "rejected": f"They have {2 * n} legs, two for each.",
-        "split": "test" if n > 12 else "train",
-    }
-    for n in range(1, 19)
-]
 WORDS = {
     "n_train": 12, "n_probe": 3, "n_probe_test": 2, "epochs": 2, "evaluations": 3, "batch_size": 4, "lr": 5e-3,
     "max_prompt": 16, "max_response": 16,
@@ -36,55 +25,36 @@ OPTIONS = [word for name, value in WORDS.items() for word in ("--set", name, str
 
 
 @pytest.fixture
-def pairs(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in ROWS))
-    return path
+def data(pairs, jsonl):
+    return jsonl(pairs(18, test=6), "pairs.jsonl")
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LDDYN_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
-
-
-def example(command, runs, **environment):
-    environment = os.environ | {"PYTHON": sys.executable, "LDDYN_RUNS": str(runs), "OMP_NUM_THREADS": "1"} | environment
+def example(command, **environment):
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(command, capture_output=True, text=True, cwd=store.ROOT, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_three_lines_in_a_trl_script_give_curves_and_scorecard(model_folder, pairs, runs, tmp_path):
+def test_three_lines_in_a_trl_script_give_curves_and_scorecard(model_folder, data, tmp_path):
     model = str(model_folder("llama"))
-    out = example([sys.executable, EXAMPLES / "my_trainer.py", model, str(pairs), str(tmp_path / "mine")], runs)
+    out = example([sys.executable, EXAMPLES / "my_trainer.py", model, str(data), str(tmp_path / "mine")])
     assert "29  holds" in out and "40  not measured" in out
     html = (tmp_path / "mine" / "report.html").read_text()
     assert "<svg" in html and "http" not in html.split("</svg>")[1] and "one seed" in html
 
 
-def test_own_pairs_gain_rephrasings_and_another_model_is_one_parameter(model_folder, pairs, runs):
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = body["messages"][0]["content"].split("Text: ")[1].split("\n")[0]
-            answer = {"choices": [{"message": {"content": " ".join(reversed(text.split()))}}]}
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
+def test_own_pairs_gain_rephrasings_and_another_model_is_one_parameter(model_folder, data, serve):
+    def answer(path, headers, body):
+        text = json.loads(body)["messages"][0]["content"].split("Text: ")[1].split("\n")[0]
+        choice = {"message": {"content": " ".join(reversed(text.split()))}}
+        return 200, {}, json.dumps({"choices": [choice]}).encode()
 
-        def log_message(self, *_):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    url = f"http://127.0.0.1:{http.server_port}/v1"
-    environment = {"CHAT": "endpoint", "LDDYN_API_URL": url, "LDDYN_API_MODEL": "m", "no_proxy": "*"}
+    environment = {"CHAT": "endpoint", "LDDYN_API_URL": f"{serve(answer)}/v1", "LDDYN_API_MODEL": "m", "no_proxy": "*"}
     model = str(model_folder("gpt_neox"))
-    out = example(["bash", EXAMPLES / "my_data.sh", str(pairs), *OPTIONS], runs, MODEL=model, **environment)
-    http.shutdown()
+    out = example(["bash", EXAMPLES / "my_data.sh", str(data), *OPTIONS], MODEL=model, **environment)
     assert "72 answers, 0 of no use; rows kept: 12 train, 6 test" in out
-    assert "chosen_semantic" in preferences.load(str(pairs.with_suffix(".all.jsonl")))[0]
+    assert "chosen_semantic" in preferences.load(str(data.with_suffix(".all.jsonl")))[0]
     pages = [Path(line) for line in out.splitlines() if line.endswith("report.html")]
     assert "20  holds" in out and "29  " in out and all("<svg" in page.read_text() for page in pages)
     started = json.loads((pages[1].parent / "manifest.json").read_text())["parameters"]["start"]
@@ -95,9 +65,9 @@ def test_own_pairs_gain_rephrasings_and_another_model_is_one_parameter(model_fol
 
 
 @pytest.fixture
-def trained(model_folder, pairs, runs):
+def trained(model_folder, data):
     """Folders of the same small SFT with two seeds."""
-    words = WORDS | {"model": str(model_folder("gpt_neox")), "data": str(pairs)}
+    words = WORDS | {"model": str(model_folder("gpt_neox")), "data": str(data)}
     return [launch.train((), words | {"seed": seed}).folder for seed in (0, 1)]
 
 
@@ -132,9 +102,9 @@ def test_a_report_needs_a_record_and_a_method(trained, tmp_path, capsys):
 
 
 @pytest.fixture
-def plan(model_folder, pairs, runs, tmp_path):
+def plan(model_folder, data, tmp_path):
     path = tmp_path / "plan.yml"
-    shared = WORDS | {"model": str(model_folder("gpt_neox")), "data": str(pairs)}
+    shared = WORDS | {"model": str(model_folder("gpt_neox")), "data": str(data)}
     over = {"lr": ["1e-3", 1e-2], "seed": [0]}
     path.write_text(yaml.safe_dump({"set": shared, "over": over, "statistics": ["sft_chosen_change"]}))
     return path
@@ -157,18 +127,16 @@ def test_every_engine_gives_the_same_table(plan, engine, tmp_path):
     assert sum(run.manifest["seconds"] for run in again) == pytest.approx(recorded["manifest"]["seconds"], abs=0.1)
 
 
-def test_a_sweep_keeps_what_finished_when_a_run_fails(plan, runs):
+def test_a_sweep_keeps_what_finished_when_a_run_fails(plan, pairs, jsonl, runs_folder):
     content = yaml.safe_load(plan.read_text())
     content["over"] = {"max_prompt": [16, 400]}
     plan.write_text(yaml.safe_dump(content))
-    long = json.loads(Path(content["set"]["data"]).read_text().splitlines()[0])
-    Path(content["set"]["data"]).write_text(
-        "\n".join(json.dumps(r | {"prompt": long["prompt"] * 20 + r["prompt"]}) for r in ROWS)
-    )
+    rows = pairs(18, test=6)
+    jsonl([row | {"prompt": rows[0]["prompt"] * 20 + row["prompt"]} for row in rows], "pairs.jsonl")
     jobs = [launch.job(each) for each in sweep.combinations(sweep.read(plan))]
     with ThreadPoolExecutor(1) as threads, pytest.raises(InputError, match="the model takes 256"):
         sweep.run_all(jobs[::-1], threads)
-    assert len(list(runs.glob("tune.tune-*/table.parquet"))) == 1
+    assert len(list(runs_folder.glob("tune.tune-*/table.parquet"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -181,12 +149,12 @@ def test_a_sweep_keeps_what_finished_when_a_run_fails(plan, runs):
         ({"over": {"seed": [0]}, "statistics": ["chosen"]}, "has no statistic 'chosen'"),
     ],
 )
-def test_a_bad_sweep_is_one_line_before_anything_runs(content, message, tmp_path, runs, capsys):
+def test_a_bad_sweep_is_one_line_before_anything_runs(content, message, tmp_path, runs_folder, capsys):
     path = tmp_path / "bad.yml"
     path.write_text(yaml.safe_dump(content))
     assert __main__.main(["sweep", str(path)]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and not runs.exists()
+    assert message in error and error.count("\n") == 1 and not runs_folder.exists()
 
 
 def test_an_unknown_or_missing_engine_is_one_line(plan, monkeypatch, capsys):

@@ -7,21 +7,10 @@ from lddyn import InputError
 from lddyn.data import preferences, responses
 from lddyn.workshop import chat, rephrase
 
-ROWS = [
-    {
-        "prompt": f"Question: how many legs have {n} cats?\nAnswer:",
-        "chosen": f"They have {4 * n} legs, four for each of the cats.",
-        "rejected": f"They have {2 * n} legs, two for each of the cats.",
-    }
-    for n in range(1, 13)
-]
-
 
 @pytest.fixture
-def mine(tmp_path) -> Path:
-    path = tmp_path / "mine.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in ROWS))
-    return path
+def mine(pairs, jsonl) -> Path:
+    return jsonl(pairs(12), "mine.jsonl")
 
 
 def text_of(prompt: str) -> str:
@@ -33,12 +22,12 @@ def reverse(prompt: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore::lddyn.Caution")
-def test_what_is_written_is_read_as_data_with_all_types(mine, tmp_path):
+def test_what_is_written_is_read_as_data_with_all_types(mine, pairs, tmp_path):
     out = tmp_path / "out" / "rephrased.jsonl"
     report = rephrase.rephrase(str(mine), out, reverse)
     assert report["asked"] == 48 and report["left_out"] == [] and report["rows"] == {"train": 10, "test": 2}
     train, test = (preferences.load(str(out), split) for split in ("train", "test"))
-    assert [e["chosen"] for e in test] == [" " + ROWS[i]["chosen"] for i in (5, 11)], "rows stay in their split"
+    assert [e["chosen"] for e in test] == [" " + pairs(12)[i]["chosen"] for i in (5, 11)], "rows stay in their split"
     assert train[0]["chosen_semantic"] == " cats. the of each for four legs, 4 have They"
     assert train[0]["rejected_format"].endswith("indeed")
     types = responses.response_types(train, other_test=test)
@@ -90,10 +79,8 @@ def test_a_killed_job_goes_on_without_asking_twice(mine, tmp_path):
     assert len(set(first) | set(asked)) - 1 == len(first) + len(asked) - 21 == 48
 
 
-def test_types_that_the_data_has_are_kept_and_not_asked_for(tmp_path):
-    path = tmp_path / "some.jsonl"
-    rows = [row | {"chosen_gptsemantic": "Four legs for every single cat."} for row in ROWS]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
+def test_types_that_the_data_has_are_kept_and_not_asked_for(pairs, jsonl, tmp_path):
+    path = jsonl([row | {"chosen_gptsemantic": "Four legs for every single cat."} for row in pairs(12)])
     report = rephrase.rephrase(str(path), tmp_path / "out.jsonl", reverse, limit=2, workers=3)
     assert report["asked"] == 12
     assert preferences.load(str(tmp_path / "out.jsonl"))[0]["chosen_semantic"] == " Four legs for every single cat."

@@ -1,6 +1,5 @@
 """Training of one's own model: alone, on two processes, with LoRA; settings and refusals."""
 
-import json
 import os
 import subprocess
 import sys
@@ -17,34 +16,16 @@ from lddyn.engine import models, store
 from lddyn.workshop import estimate, launch, tune
 
 KEYS = ["step", "examples", "prompt_id", "response_type", "metric"]
-ROWS = [
-    {
-        "prompt": f"Question: how many legs have {n} cats?\nAnswer:",
-        "chosen": f"They have {4 * n} legs, four for each.",
-        "rejected": f"They have {2 * n} legs, two for each.",
-        "unrelated": f"The train at {n} was late again.",
-        "split": "test" if n > 20 else "train",
-    }
-    for n in range(1, 27)
-]
 SMALL = {
     "n_train": 20, "n_probe": 3, "n_probe_test": 2, "epochs": 3, "evaluations": 3, "batch_size": 4, "lr": 5e-3,
     "max_prompt": 16, "max_response": 16, "warmup": 3, "seed": 7,
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "mine.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in ROWS))
-    return str(path)
-
-
 @pytest.fixture
-def small(model_folder, data, tmp_path, monkeypatch):
-    """Settings of a training that takes seconds; runs go to a folder of their own."""
-    monkeypatch.setenv("LDDYN_RUNS", str(tmp_path / "runs"))
-    return SMALL | {"model": str(model_folder("gpt_neox")), "data": data}
+def small(model_folder, pairs, jsonl):
+    """Settings of a training that takes seconds."""
+    return SMALL | {"model": str(model_folder("gpt_neox")), "data": str(jsonl(pairs(26, test=6, kinds=["unrelated"])))}
 
 
 def same(one, other, tolerance=0.0):
