@@ -9,7 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lddyn import InputError, unknown
+from lddyn import unknown
+from lddyn.chapters.dpo.design import PAIRS, paired
 from lddyn.data import preferences, responses, reuse
 from lddyn.engine import models, recipe, store
 from lddyn.engine.callback import ProbeCallback
@@ -17,7 +18,6 @@ from lddyn.engine.probe_set import Encoded
 from lddyn.engine.settings import choose, derive, lengths
 from lddyn.engine.training import Training, dpo_rows, log_rows, train
 
-PAIRS = {"as_written": "rejected", "style": "rejected_format", "swapped": "rejected", "rephrase": "chosen_semantic"}
 LIKELY = 0.05  # probability from which on a pushed token does not lie in the valley
 # what a run measures: everything, or only what tells how y* moves along trained and untrained paths
 MEASURE = {"all": responses.RESPONSE_TYPES, "paths": ("chosen", "rejected", "chosen_semantic", "other_test")}
@@ -137,32 +137,6 @@ def grid(c: Chapter, stage: store.Run) -> list[Align]:
     cells = [{"pairs": kind} | cell for kind in kinds for cell in ({}, {"sft_epochs": c.sft_long}, slow)]
     cells += [{"sft_epochs": 0}, {"beta": c.beta * 5}, {"beta": c.beta * 5} | slow]
     return [whole, *(replace(short, **cell) for cell in cells)]
-
-
-# --- pairs -------------------------------------------------------------------------------------------------
-
-
-def paired(examples: Sequence[dict], pairs: str) -> list[dict]:
-    """The examples with `chosen` and `rejected` as they are trained on.
-
-    as_written: as the data has them; style: against an off-topic text in the form of the rejected answer, which a bag
-    of words tells apart; swapped: the roles of every second pair exchanged; rephrase: the chosen answer against its own
-    rephrase that keeps the meaning. Raises `InputError` for another name, or when the data lacks what it needs.
-    """
-    if pairs not in PAIRS:
-        raise unknown("pairs", pairs, PAIRS)
-    if PAIRS[pairs] not in examples[0]:
-        raise InputError(f"pairs={pairs!r} needs the response type {PAIRS[pairs]!r}, which the data lacks")
-    result = [e | {"rejected": e[PAIRS[pairs]]} for e in examples]
-    if pairs == "swapped":
-        result[1::2] = [
-            e | {_other_role(name): e[name] for name in e if name[:6] in ("chosen", "reject")} for e in result[1::2]
-        ]
-    return result
-
-
-def _other_role(name: str) -> str:
-    return name.replace("chosen", "rejected") if name.startswith("chosen") else name.replace("rejected", "chosen")
 
 
 def write_pairs(path: Path, data: str, pairs: str, n_train: int) -> str:
