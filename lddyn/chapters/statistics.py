@@ -100,3 +100,23 @@ def bootstrapped_slope(data: pd.DataFrame, draws: int) -> dict:
 def share_won(gain: pd.Series) -> float:
     """Share of prompts whose score has grown; where it has not changed a prompt counts half."""
     return float(((gain > 0) + 0.5 * (gain == 0)).mean())
+
+
+PATHS = {  # where y* is measured: type of response, prompts
+    "chosen": ("chosen", "train"),
+    "rejected": ("rejected", "train"),
+    "never trained": ("chosen", "test"),
+}
+
+
+def top_change(table: pd.DataFrame, path: str) -> float:
+    """End change of log pi(y*) along one of PATHS, nats."""
+    kind, split = PATHS[path]
+    return change(table, kind, metric="argmax_logp_sum", split=split)
+
+
+def margins(table: pd.DataFrame, beta: float, split: str = "train") -> pd.DataFrame:
+    """The margin beta ((log pi - log pi_ref)(chosen) - (same)(rejected)) in nats: rows steps, columns prompts."""
+    gap = wide(table, split=split)
+    gap = (gap.chosen - gap.rejected).unstack()
+    return beta * (gap - gap.iloc[0])

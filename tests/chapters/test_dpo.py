@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +9,18 @@ import torch
 
 from lddyn import InputError
 from lddyn.chapters import statistics
-from lddyn.chapters.dpo import evidence
+from lddyn.chapters.dpo import design, evidence
 from lddyn.chapters.dpo import run as dpo
 from lddyn.chapters.sft import evidence as sft_evidence
-from lddyn.data import preferences
+from lddyn.data import preferences, responses
 from lddyn.engine import models, probes, recipe, store
 from lddyn.engine.probe_set import ProbeSet
+from lddyn.engine.settings import derive
 
 AUTHORS = Path(__file__).parents[3] / "shared" / "data" / "authors" / "runs"
 DPO_LOG = AUTHORS / "prob_pythia410m_dpo" / "prob_train_metrics.json"
 LENGTHS = {"max_prompt": 24, "max_response": 24}
+STAGE = store.Run(Path("stage"), None, {"parameters": {"seed": 0}})
 ROLES = ("chosen", "chosen_semantic", "chosen_format", "rejected", "rejected_semantic", "rejected_format")
 
 
@@ -39,20 +42,21 @@ def data(tmp_path):
     return str(path)
 
 
-def common(model_folder, data):
-    return {
-        "seed": 0, "model": str(model_folder("gpt_neox")), "data": data, "n_train": 8, "n_probe": 3, "batch_size": 4,
-        "lr": 1e-2, "optimizer": "adamw", "warmup": 0, "clip": 10.0, **LENGTHS, "device": "cpu", "dtype": "float32",
-    }  # fmt: skip
+def chapter(model_folder, data):
+    small = {"n_train": 8, "n_probe": 3, "n_probe_test": 2, "batch_size": 4, "sft_batch_size": 4, "epochs": 1}
+    small |= {"evaluations": 3, "lr": 1e-2, "sft_lr": 1e-2, "generate": 0, "account": 0}
+    return dpo.settings("smoke", small | LENGTHS | {"model": str(model_folder("gpt_neox")), "data": data})
+
+
+def staged(work, model_folder, data, *epochs):
+    work.mkdir(parents=True)
+    return recipe.stages(work, *recipe.stage_grid(chapter(model_folder, data), epochs, seeds=[0]))
 
 
 def aligned(work, model_folder, data, **changed):
     work.mkdir(parents=True)
-    rest = {
-        "stage": "", "sft_epochs": 0, "pairs": "as_written", "measure": "paths", "n_probe_test": 2, "epochs": 1,
-        "evaluations": 3, "beta": 0.1, "loss": "sigmoid", "generate": 0, "account": 0,
-    }  # fmt: skip
-    return dpo.align(work, **common(model_folder, data) | rest | changed)
+    base = {"seed": 0, "stage": "", "sft_epochs": 0, "pairs": "as_written", "measure": "paths"}
+    return dpo.align(work, derive(dpo.Align, chapter(model_folder, data), **base | changed))
 
 
 # --- pairs
@@ -60,7 +64,7 @@ def aligned(work, model_folder, data, **changed):
 
 def test_swapped_pairs_exchange_every_second_pair_with_its_rephrases():
     before = [example(n) for n in range(4)]
-    after = dpo.paired(before, "swapped")
+    after = design.paired(before, "swapped")
     assert after[0] == before[0] and after[2] == before[2]
     for role in ROLES:
         other = role.replace("chosen", "rejected") if "chosen" in role else role.replace("rejected", "chosen")
@@ -71,7 +75,7 @@ def test_swapped_pairs_exchange_every_second_pair_with_its_rephrases():
 def test_pairs_change_only_the_rejected_answer():
     (before,) = [example(0)]
     for pairs, source in (("style", "rejected_format"), ("rephrase", "chosen_semantic"), ("as_written", "rejected")):
-        (after,) = dpo.paired([before], pairs)
+        (after,) = design.paired([before], pairs)
         assert after["rejected"] == before[source]
         assert {k: v for k, v in after.items() if k != "rejected"} == {
             k: v for k, v in before.items() if k != "rejected"
@@ -80,7 +84,7 @@ def test_pairs_change_only_the_rejected_answer():
 
 def test_unknown_pairs_and_measure_name_the_nearest(tmp_path, model_folder, data):
     with pytest.raises(InputError, match="did you mean 'swapped'"):
-        dpo.paired([example(0)], "swaped")
+        design.paired([example(0)], "swaped")
     with pytest.raises(InputError, match="did you mean 'paths'"):
         aligned(tmp_path / "w", model_folder, data, measure="path")
 
@@ -142,20 +146,16 @@ def test_repetition_counts_runs_that_occurred_before():
 def test_a_stage_of_a_long_run_has_the_weights_of_a_short_one(model_folder, data, tmp_path):
     weights = []
     for name, epochs in (("long", [1, 3]), ("short", [1])):
-        work = tmp_path / name / "work"
-        work.mkdir(parents=True)
-        table = recipe.stages(work, epochs=epochs, **common(model_folder, data))
-        kept, _ = models.load(str(work.parent / "model-1"))
+        table = staged(tmp_path / name / "work", model_folder, data, *epochs)
+        kept, _ = models.load(str(tmp_path / name / "model-1"))
         weights.append(torch.cat([p.detach().flatten() for p in kept.parameters()]))
         assert sorted(table.step.unique()) == [0, *(2 * e for e in epochs)]
     assert torch.equal(*weights)
 
 
 def test_dpo_starts_from_its_stage_and_refers_to_it(model_folder, data, tmp_path):
-    work = tmp_path / "stage" / "work"
-    work.mkdir(parents=True)
-    stage = recipe.stages(work, epochs=[2], **common(model_folder, data))
-    table = aligned(tmp_path / "a" / "work", model_folder, data, stage=str(work.parent), sft_epochs=2)
+    stage = staged(tmp_path / "stage" / "work", model_folder, data, 2)
+    table = aligned(tmp_path / "a" / "work", model_folder, data, stage=str(tmp_path / "stage"), sft_epochs=2)
     started = statistics.curve(table, "chosen").iloc[0]
     assert started == pytest.approx(statistics.curve(stage, "chosen").iloc[-1], abs=1e-3)
     loss = table[table.metric == "train_loss"].sort_values("step").value
@@ -166,37 +166,34 @@ def test_a_whole_run_measures_everything_and_keeps_its_invariants(model_folder, 
     table = aligned(tmp_path / "b" / "work", model_folder, data, measure="all", generate=2, account=2, epochs=2)
     store.check(table)
     measured = set(table.response_type.unique()) - {"all"}
-    assert measured >= {*probes.RESPONSE_TYPES, "greedy", "rejected_first", "rejected_unlikely"}
+    assert measured >= {*responses.RESPONSE_TYPES, "greedy", "rejected_first", "rejected_unlikely"}
     balance = table[table.metric.astype(str).str.startswith("mass_")]
     sums = balance.groupby(["prompt_id", "response_type"], observed=True).value.sum()
     assert len(sums) and sums.abs().max() < 1e-5
     assert (table[(table.metric == "rep4")].groupby("step").size() == 4).all()
-    margin = evidence.dpo_margins(table, beta=0.1)
+    margin = statistics.margins(table, beta=0.1)
     assert margin.iloc[0].abs().max() == 0 and margin.iloc[-1].mean() > 0
 
 
 def test_the_grid_crosses_at_its_centre_and_has_no_run_twice(data):
     """The figures and verdicts find a design as the runs that differ from the commonest settings in one thing."""
-    chosen = dpo.settings("smoke", data=data)
-    stage = store.Run(Path("stage"), None, {"parameters": {"seed": 0, "model": "builtin"}})
-    runs = dpo.grid(chosen, stage, "sigmoid", "cpu", "float32")
-    assert len({json.dumps(run, sort_keys=True) for run in runs}) == len(runs)
-    short = pd.DataFrame([run for run in runs if run["measure"] != "all"])
-    assert sorted(evidence.dpo_vary(short, "sft_epochs").sft_epochs) == [0, 1, 4]
-    assert len(evidence.dpo_vary(short, "lr")) == 2 and len(evidence.dpo_vary(short, "lr", "beta")) == 4
-    assert len(evidence.dpo_vary(short)) == 1
-    assert set(evidence.dpo_vary(short, "pairs").pairs) == set(dpo.PAIRS)
+    runs = dpo.grid(dpo.settings("smoke", {"data": data}), STAGE)
+    assert len(set(runs)) == len(runs)
+    short = pd.DataFrame([asdict(run) for run in runs if run.measure != "all"])
+    assert sorted(evidence.vary(short, "sft_epochs").sft_epochs) == [0, 1, 4]
+    assert len(evidence.vary(short, "lr")) == 2 and len(evidence.vary(short, "lr", "beta")) == 4
+    assert len(evidence.vary(short)) == 1
+    assert set(evidence.vary(short, "pairs").pairs) == set(design.PAIRS)
 
 
 def test_data_without_rephrases_leaves_out_the_pairs_that_need_them(tmp_path):
     rows = [{k: example(n)[k] for k in ("id", "prompt", "chosen", "rejected")} for n in range(12)]
     path = tmp_path / "plain.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    stage = store.Run(Path("stage"), None, {"parameters": {"seed": 0, "model": "builtin"}})
-    runs = dpo.grid(dpo.settings("smoke", data=str(path)), stage, "sigmoid", "cpu", "float32")
-    assert {run["pairs"] for run in runs} == {"as_written", "swapped"}
+    runs = dpo.grid(dpo.settings("smoke", {"data": str(path)}), STAGE)
+    assert {run.pairs for run in runs} == {"as_written", "swapped"}
     with pytest.raises(InputError, match="needs the response type 'chosen_semantic'"):
-        dpo.paired(rows, "rephrase")
+        design.paired(rows, "rephrase")
 
 
 # --- the statistics
@@ -214,9 +211,9 @@ def made_up(chosen, rejected, start=-50.0) -> pd.DataFrame:
 
 
 def test_margins_start_at_zero_and_count_both_falls():
-    margins = evidence.dpo_margins(made_up([0, -1, -2], [0, -4, -12]), beta=0.1)
+    margins = statistics.margins(made_up([0, -1, -2], [0, -4, -12]), beta=0.1)
     assert margins.mean(axis=1).tolist() == pytest.approx([0, 0.3, 1.0])
-    assert evidence.dpo_late_change(made_up([0, -1, -2], [0, -4, -12])) == pytest.approx(-1)
+    assert evidence.late_change(made_up([0, -1, -2], [0, -4, -12])) == pytest.approx(-1)
     assert evidence.below_start(made_up([0, -1, -2], [0, 0, 0]).assign(seed=0)).tolist() == [1.0]
     assert evidence.below_start(made_up([0, -1, 2], [0, 0, 0]).assign(seed=0)).tolist() == [0.0]
 
@@ -224,7 +221,7 @@ def test_margins_start_at_zero_and_count_both_falls():
 def test_rephrases_are_averaged_only_where_the_chosen_answer_is_up():
     table = made_up([0, 5, -5], [0, -1, -7])
     table["response_type"] = table.response_type.cat.rename_categories({"rejected": "chosen_semantic"})
-    assert evidence.dpo_rephrases_where_chosen_is_up(table) == pytest.approx(-1)
+    assert evidence.rephrases_where_chosen_is_up(table) == pytest.approx(-1)
 
 
 def test_valley_regression_holds_the_rest_fixed():
@@ -256,14 +253,14 @@ def test_log_of_the_authors_is_read_as_dpo():
 
 def test_effects_compare_like_with_like():
     """A contrast of pairs at the large rate must not mix in the runs at the small one."""
-    cells = [(kind, n, 4e-4) for kind in dpo.PAIRS for n in (2, 8)] + [(kind, 2, 1e-4) for kind in dpo.PAIRS]
+    cells = [(kind, n, 4e-4) for kind in design.PAIRS for n in (2, 8)] + [(kind, 2, 1e-4) for kind in design.PAIRS]
     rows = []
     for kind, n, lr in [*cells, ("as_written", 0, 4e-4)]:
         for seed in range(3):
             top = 5 * (lr > 2e-4) - 1 * (n == 8) - 20 * (kind == "style" and lr > 2e-4) + 9 * (n == 0) + seed
-            paths = {f"y* along {path}": float(top) for path in evidence.PATHS}
+            paths = {f"y* along {path}": float(top) for path in statistics.PATHS}
             rows.append({"pairs": kind, "sft_epochs": n, "lr": lr, "beta": 0.1, "seed": seed} | paths)
-    effects = evidence.dpo_effects(pd.DataFrame(rows))["y* along chosen"]
+    effects = evidence.effects(pd.DataFrame(rows))["y* along chosen"]
     assert effects["style pairs, not as written"].startswith("-20.0 [-20.0")
     assert effects["swapped pairs, not as written"].startswith("+0.0")
     assert effects["larger rate, style pairs"].startswith("-15.0")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lddyn import InputError
-from lddyn.chapters.dpo import evidence as dpo_evidence
+from lddyn.chapters import statistics
 from lddyn.chapters.variants import design, evidence, figures
 from lddyn.chapters.variants import run as variants
 from lddyn.data import preferences, world
@@ -181,7 +181,7 @@ def test_early_stop_ends_at_the_first_evaluation_beyond_the_margin(stage, tmp_pa
     few = {"batch_size": 1, "evaluations": 4, "judged": 0}
     whole = varied(tmp_path / "a" / "work", stage, **few)
     stopped = varied(tmp_path / "b" / "work", stage, variant="early stop", **few)
-    margin = dpo_evidence.dpo_margins(whole, 0.1).mean(axis=1)
+    margin = statistics.margins(whole, 0.1).mean(axis=1)
     expected = margin.index[margin >= 1e-9][0]
     assert stopped.step.max() == expected < whole.step.max()
 

@@ -2,7 +2,8 @@ import pandas as pd
 import pytest
 
 from lddyn import InputError
-from lddyn.chapters.dpo import evidence as dpo_evidence
+from lddyn.chapters import statistics
+from lddyn.chapters.dpo import evidence
 from lddyn.engine import kept, store
 from lddyn.engine.store import Run
 
@@ -27,6 +28,6 @@ def test_a_recorded_table_comes_back_with_its_origin(tmp_path, monkeypatch):
 
 def test_the_recorded_design_of_chapter_5_is_whole():
     ends, made = kept.read("recorded/when_top_rises")
-    effects = dpo_evidence.dpo_effects(ends)
-    assert len(effects) == 6 and list(effects) == [f"y* along {path}" for path in dpo_evidence.PATHS]
+    effects = evidence.effects(ends)
+    assert len(effects) == 6 and list(effects) == [f"y* along {path}" for path in statistics.PATHS]
     assert sorted(ends.seed.unique()) == made["seeds"] and len(made["seeds"]) >= 6

@@ -1,210 +1,123 @@
-"""Chapter 5: DPO."""
+"""Chapter 5: DPO. Statistics take the table of all runs; those of the long runs leave out the short ones themselves."""
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from lddyn.chapters.dpo.design import paired
 from lddyn.chapters.statistics import (
     AUTHORS_KEYS,
-    BELLS,
     NATURAL,
+    PATHS,
     bootstrapped_slope,
     change,
     curve,
     fall,
+    margins,
     mean_interval,
     order,
     rise,
     sign_delta,
+    top_change,
     wide,
 )
+from lddyn.data import responses
 
-PATHS = {  # where y* is measured: type of response, prompts
-    "chosen": ("chosen", "train"),
-    "rejected": ("rejected", "train"),
-    "never trained": ("chosen", "test"),
-}
+VARIED = ("pairs", "sft_epochs", "lr", "beta")  # in the short runs
 
 
-def dpo_baseline(table: pd.DataFrame) -> pd.DataFrame:
+def baseline(table: pd.DataFrame) -> pd.DataFrame:
     """The runs of chapter 5 that measure everything, out of a table that may also hold the short ones."""
     return table[table.measure == "all"] if "measure" in table else table
 
 
-def dpo_vary(table: pd.DataFrame, *free: str) -> pd.DataFrame:
-    """The short runs, out of a table or of `dpo_ends`, that differ from their centre in the settings `free` alone.
+def vary(table: pd.DataFrame, *free: str) -> pd.DataFrame:
+    """The short runs, out of a table or of `ends`, that differ from their centre in the settings `free` alone.
 
     The centre has the commonest value of each setting: the designs cross there.
     """
     short = table[table.measure != "all"] if "measure" in table else table
     keep = np.ones(len(short), dtype=bool)
-    for name in ("pairs", "sft_epochs", "lr", "beta"):
+    for name in VARIED:
         if name in short and name not in free:
             keep &= (short[name] == short[name].mode()[0]).to_numpy()
     return short[keep]
 
 
-def dpo_margins(table: pd.DataFrame, beta: float, split: str = "train") -> pd.DataFrame:
-    """The margin beta ((log pi - log pi_ref)(chosen) - (same)(rejected)) in nats: rows steps, columns prompts."""
-    gap = wide(table, split=split)
-    gap = (gap.chosen - gap.rejected).unstack()
-    return beta * (gap - gap.iloc[0])
+# --- the long runs ----------------------------------------------------------------------------------------------
 
 
-def dpo_rejected_order(table: pd.DataFrame) -> float:
-    """Rank correlation of log pi(rejected) with the step: -1 where it falls throughout."""
-    return order(curve(dpo_baseline(table), "rejected"))
+def end_change(table: pd.DataFrame, kind: str, metric: str = "logp_sum", split: str = "train") -> float:
+    """Change over DPO of a metric of one type, mean over prompts; log-probabilities in nats."""
+    return change(baseline(table), kind, metric=metric, split=split)
 
 
-def dpo_rejected_minus_next(table: pd.DataFrame) -> float:
+def largest_change(table: pd.DataFrame, kinds: Sequence[str]) -> float:
+    """Largest end change of log pi among types, nats."""
+    return max(end_change(table, kind) for kind in kinds)
+
+
+def step_order(table: pd.DataFrame, kind: str, metric: str = "logp_sum") -> float:
+    """Rank correlation of a metric of one type with the step: 1 where it rises throughout, -1 where it falls."""
+    return order(curve(baseline(table), kind, metric))
+
+
+def rejected_minus_next(table: pd.DataFrame) -> float:
     """End change of log pi(rejected) minus that of the natural type that falls most beside it, nats."""
-    table = dpo_baseline(table)
-    return change(table, "rejected") - min(change(table, kind) for kind in NATURAL if kind != "rejected")
+    return end_change(table, "rejected") - min(end_change(table, kind) for kind in NATURAL if kind != "rejected")
 
 
-def dpo_chosen_rise(table: pd.DataFrame) -> float:
+def chosen_rise(table: pd.DataFrame) -> float:
     """Rise of log pi(chosen) from the start of DPO to its peak, nats."""
-    return rise(dpo_baseline(table), "chosen")
+    return rise(baseline(table), "chosen")
 
 
-def dpo_chosen_fall(table: pd.DataFrame) -> float:
+def chosen_fall(table: pd.DataFrame) -> float:
     """Fall of log pi(chosen) from its peak to the end of DPO, nats."""
-    return fall(dpo_baseline(table), "chosen")
+    return fall(baseline(table), "chosen")
 
 
-def dpo_chosen_change(table: pd.DataFrame) -> float:
-    """Change of log pi(chosen) over DPO, nats."""
-    return change(dpo_baseline(table), "chosen")
-
-
-def dpo_chosen_over_rejected(table: pd.DataFrame) -> float:
+def chosen_over_rejected(table: pd.DataFrame) -> float:
     """Smallest of three: end change of chosen minus that of rejected, for the answers and both kinds of rephrase."""
-    table = dpo_baseline(table)
     kinds = ("chosen", "chosen_semantic", "chosen_format")
-    return min(change(table, kind) - change(table, kind.replace("chosen", "rejected")) for kind in kinds)
+    return min(end_change(table, kind) - end_change(table, kind.replace("chosen", "rejected")) for kind in kinds)
 
 
-def dpo_rephrases_where_chosen_is_up(table: pd.DataFrame) -> float:
+def rephrases_where_chosen_is_up(table: pd.DataFrame) -> float:
     """Mean change of chosen_semantic wherever (prompt, evaluation) the chosen answer is above its start, nats."""
-    logps = wide(dpo_baseline(table))[["chosen", "chosen_semantic"]].unstack()
+    logps = wide(baseline(table))[["chosen", "chosen_semantic"]].unstack()
     since = (logps - logps.iloc[0]).stack(future_stack=True)
     return float(since.chosen_semantic[since.chosen > 0].mean())
 
 
-def dpo_rephrases_change(table: pd.DataFrame) -> float:
-    """Larger of the end changes of the two rephrases of the chosen answer, nats."""
-    return max(change(dpo_baseline(table), kind) for kind in BELLS[:2])
-
-
-def dpo_others_change(table: pd.DataFrame) -> float:
-    """Largest end change among answers to other questions, unrelated and shuffled text, nats."""
-    kinds = ("other_train", "other_test", "unrelated", "chosen_shuffled", "test_shuffled")
-    return max(change(dpo_baseline(table), kind) for kind in kinds)
-
-
-def top_change(table: pd.DataFrame, path: str) -> float:
-    """End change of log pi(y*) along one of PATHS, nats."""
-    kind, split = PATHS[path]
-    return change(table, kind, metric="argmax_logp_sum", split=split)
-
-
-def dpo_top_order(table: pd.DataFrame) -> float:
-    """Rank correlation of log pi(y*) along chosen with the step: 1 where it rises throughout."""
-    return order(curve(dpo_baseline(table), "chosen", "argmax_logp_sum"))
-
-
-def dpo_top_chosen(table: pd.DataFrame) -> float:
-    """End change of log pi(y*) along the chosen answers, nats."""
-    return top_change(dpo_baseline(table), "chosen")
-
-
-def dpo_top_rejected(table: pd.DataFrame) -> float:
-    """End change of log pi(y*) along the rejected answers, nats."""
-    return top_change(dpo_baseline(table), "rejected")
-
-
-def dpo_top_never_trained(table: pd.DataFrame) -> float:
-    """End change of log pi(y*) along chosen answers to prompts that were never trained on, nats."""
-    return top_change(dpo_baseline(table), "never trained")
-
-
-def dpo_top_minus_sft_chosen(table: pd.DataFrame) -> float:
-    """Rise of log pi(y*) per epoch of DPO minus rise of log pi(chosen) per epoch of SFT, nats.
-
-    The SFT is that between the starts of two short runs: from no SFT, and from the shortest.
-    """
-    starts = {n: curve(run, "chosen").iloc[0] for n, run in dpo_vary(table, "sft_epochs").groupby("sft_epochs")}
-    none, short = sorted(starts)[:2]
-    epochs = dpo_baseline(table).epochs.iloc[0] if "epochs" in table else 1
-    return float(dpo_top_chosen(table) / epochs - (starts[short] - starts[none]) / (short - none))
-
-
-def dpo_margin_order(table: pd.DataFrame) -> float:
+def margin_order(table: pd.DataFrame) -> float:
     """Rank correlation of the mean DPO margin with the step (beta plays no part)."""
-    return order(dpo_margins(dpo_baseline(table), 1.0).mean(axis=1))
+    return order(margins(baseline(table), 1.0).mean(axis=1))
 
 
-def dpo_late_change(table: pd.DataFrame) -> float:
+def late_change(table: pd.DataFrame) -> float:
     """Larger of the changes of log pi(chosen) and log pi(rejected) over the second half of DPO, nats."""
-    halves = [curve(dpo_baseline(table), kind) for kind in ("chosen", "rejected")]
+    halves = [curve(baseline(table), kind) for kind in ("chosen", "rejected")]
     return max(float(c.iloc[-1] - c[c.index >= c.index[-1] / 2].iloc[0]) for c in halves)
 
 
-def dpo_sft_effect(table: pd.DataFrame, *kinds: str) -> float:
-    """End change of types after the longest SFT minus that after the shortest one, in the same short DPO, nats."""
-    by_length = dpo_vary(table, "sft_epochs").groupby("sft_epochs")
-    ends = {n: np.mean([change(run, kind) for kind in kinds or ["chosen"]]) for n, run in by_length if n}
-    return float(ends[max(ends)] - ends[min(ends)])
-
-
-def dpo_sft_effect_on_rest(table: pd.DataFrame) -> float:
-    """The same for the mean of the rephrase and of unseen answers."""
-    return dpo_sft_effect(table, "chosen_semantic", "other_test")
-
-
-def dpo_peakiness(table: pd.DataFrame) -> float:
-    """Change of ||A||_F along the chosen answers over DPO."""
-    return change(dpo_baseline(table), "chosen", metric="a_norm_mean")
-
-
-def dpo_rest(table: pd.DataFrame) -> float:
-    """Change of the summed log of the mass outside the arg max along the chosen answers over DPO, nats."""
-    return change(dpo_baseline(table), "chosen", metric="rest_logp_sum")
-
-
-def dpo_sign_delta(table: pd.DataFrame) -> float:
+def sign_delta_of_chosen(table: pd.DataFrame) -> float:
     """Accumulated SignDelta of the chosen answer over DPO."""
-    return float(sign_delta(dpo_baseline(table), "chosen")["chosen"])
+    return float(sign_delta(baseline(table), "chosen")["chosen"])
 
 
-def dpo_sign_delta_others(table: pd.DataFrame) -> float:
+def sign_delta_of_others(table: pd.DataFrame) -> float:
     """Largest accumulated SignDelta of any other type over DPO."""
-    sums = sign_delta(dpo_baseline(table), "chosen")
+    sums = sign_delta(baseline(table), "chosen")
     return float(max(value for kind, value in sums.items() if kind in AUTHORS_KEYS and kind != "chosen"))
 
 
-def _by_rate(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The short runs at the largest and at the smallest learning rate."""
-    runs = dpo_vary(table, "lr")
-    return runs[runs.lr == runs.lr.max()], runs[runs.lr == runs.lr.min()]
-
-
-def dpo_lr_chosen(table: pd.DataFrame) -> float:
-    """End change of chosen at the largest learning rate minus that at the smallest, short runs, nats."""
-    large, small = _by_rate(table)
-    return change(large, "chosen") - change(small, "chosen")
-
-
-def dpo_lr_top(table: pd.DataFrame) -> float:
-    """The same for log pi(y*) along chosen."""
-    large, small = _by_rate(table)
-    return top_change(large, "chosen") - top_change(small, "chosen")
-
-
-def dpo_repetition(table: pd.DataFrame) -> float:
-    """Change over DPO of the share of repeated 4-grams in greedy answers, mean over prompts."""
-    rows = dpo_baseline(table)
-    share = rows[rows.metric == "rep4"].groupby("step").value.mean()
-    return float(share.iloc[-1] - share.iloc[0])
+def below_start(table: pd.DataFrame, split: str = "train") -> pd.Series:
+    """Share of chosen answers that end below where they started, for each seed."""
+    chosen = {seed: wide(rows, split=split).chosen.unstack() for seed, rows in baseline(table).groupby("seed")}
+    return pd.Series({seed: float((logps.iloc[-1] < logps.iloc[0]).mean()) for seed, logps in chosen.items()})
 
 
 def valley(table: pd.DataFrame, draws: int = 1000) -> dict:
@@ -215,7 +128,7 @@ def valley(table: pd.DataFrame, draws: int = 1000) -> dict:
     start of the chosen answer, the rejected answer's length and its own fall, the seed. Returns the `slope` in nats per
     nat with a 95% `interval` from a bootstrap over prompts, and the residuals `x` and `y` of predictor and outcome.
     """
-    table = dpo_baseline(table)
+    table = baseline(table)
     table = table[table.prompt_id.astype(str).str.startswith("train/") & table.response_type.isin(NATURAL)]
     parts = []
     for seed, rows in table.groupby("seed"):
@@ -238,35 +151,106 @@ def valley(table: pd.DataFrame, draws: int = 1000) -> dict:
     return bootstrapped_slope(data, draws)
 
 
-def below_start(table: pd.DataFrame, split: str = "train") -> pd.Series:
-    """Share of chosen answers that end below where they started, for each seed."""
-    rows = dpo_baseline(table)
-    return pd.Series({seed: _below(part, split) for seed, part in rows.groupby("seed")})
+def slope_sentence(fit: dict) -> str:
+    """The slope of `valley`, in words."""
+    return "slope {:+.3f} nats per nat, 95% interval [{:+.3f}, {:+.3f}]".format(fit["slope"], *fit["interval"])
 
 
-def _below(table: pd.DataFrame, split: str) -> float:
-    chosen = wide(table, split=split).chosen.unstack()
-    return float((chosen.iloc[-1] < chosen.iloc[0]).mean())
+def _repetition(table: pd.DataFrame) -> pd.Series:
+    """Change over DPO of the share of repeated 4-grams in each greedy answer."""
+    rows = baseline(table)
+    rows = rows[rows.metric == "rep4"]
+    share = rows.pivot_table(index=["seed", "prompt_id"], columns="step", values="value", observed=True)
+    return share.iloc[:, -1] - share.iloc[:, 0]
 
 
-def dpo_ends(table: pd.DataFrame, kinds=("chosen", "rejected", "chosen_semantic", "other_test")) -> pd.DataFrame:
+def repetition(table: pd.DataFrame) -> float:
+    """Change over DPO of the share of repeated 4-grams in greedy answers, mean over prompts."""
+    return float(_repetition(table).mean())
+
+
+def repetition_sentence(table: pd.DataFrame) -> str:
+    """`repetition`, in words."""
+    words = "change of repeated 4-grams: {:+.1%} of an answer, 95% interval over prompts [{:+.1%}, {:+.1%}]"
+    return words.format(*mean_interval(_repetition(table)))
+
+
+def before_and_after(folder: Path, count: int = 4) -> pd.DataFrame:
+    """Greedy answers of a run to the first test prompts, before and after; the texts are a model's, so escape them."""
+    answers = pd.read_json(folder / "answers.json", orient="records")
+    answers = answers[answers.prompt_id.str.startswith("test/")]
+    answers = answers.assign(prompt=answers.prompt.str.removesuffix("\nAnswer:"))
+    texts = answers.pivot(index="prompt", columns="step", values="text").head(count)
+    return texts.set_axis(["after SFT", "after DPO"], axis=1)
+
+
+# --- the short runs ---------------------------------------------------------------------------------------------
+
+
+def top_minus_sft_chosen(table: pd.DataFrame) -> float:
+    """Rise of log pi(y*) per epoch of DPO minus rise of log pi(chosen) per epoch of SFT, nats.
+
+    The SFT is that between the starts of two short runs: from no SFT, and from the shortest.
+    """
+    starts = {n: curve(run, "chosen").iloc[0] for n, run in vary(table, "sft_epochs").groupby("sft_epochs")}
+    none, short = sorted(starts)[:2]
+    epochs = baseline(table).epochs.iloc[0] if "epochs" in table else 1
+    return float(top_change(baseline(table), "chosen") / epochs - (starts[short] - starts[none]) / (short - none))
+
+
+def sft_effect(table: pd.DataFrame, kinds: Sequence[str]) -> float:
+    """Mean end change of types after the longest SFT minus that after the shortest one, in the same short DPO, nats."""
+    by_length = vary(table, "sft_epochs").groupby("sft_epochs")
+    changes = {n: np.mean([change(run, kind) for kind in kinds]) for n, run in by_length if n}
+    return float(changes[max(changes)] - changes[min(changes)])
+
+
+def rate_effect(table: pd.DataFrame, metric: str = "logp_sum") -> float:
+    """End change along chosen at the largest learning rate minus that at the smallest, in the same short DPO, nats."""
+    runs = vary(table, "lr")
+    large, small = (change(runs[runs.lr == rate], "chosen", metric=metric) for rate in (runs.lr.max(), runs.lr.min()))
+    return large - small
+
+
+def ends(table: pd.DataFrame, kinds=("chosen", "rejected", "chosen_semantic", "other_test")) -> pd.DataFrame:
     """The end of every short run: a row with its settings, the end changes of types and of y* along PATHS, in nats."""
-    settings = [name for name in ("pairs", "sft_epochs", "lr", "beta") if name in table]
+    names = [*(name for name in VARIED if name in table), "seed"]
     rows = []
-    for names, run in table[table.measure != "all"].groupby([*settings, "seed"], observed=True):
-        ends = {kind: change(run, kind) for kind in kinds}
-        ends |= {f"y* along {path}": top_change(run, path) for path in PATHS}
-        rows.append(dict(zip([*settings, "seed"], names, strict=True)) | ends)
+    for values, run in table[table.measure != "all"].groupby(names, observed=True):
+        changes = {kind: change(run, kind) for kind in kinds}
+        changes |= {f"y* along {path}": top_change(run, path) for path in PATHS}
+        rows.append(dict(zip(names, values, strict=True)) | changes)
     return pd.DataFrame(rows)
 
 
-def dpo_effects(ends: pd.DataFrame) -> pd.DataFrame:
+def crossed(ends: pd.DataFrame) -> pd.DataFrame:
+    """The design for the question when y* rises: kinds of pairs x length of SFT, and kinds of pairs x learning rate."""
+    by_length, by_rate = vary(ends, "pairs", "sft_epochs"), vary(ends, "pairs", "lr")
+    return pd.concat([by_length[by_length.sft_epochs > 0], by_rate[by_rate.lr == by_rate.lr.min()]])
+
+
+def by_pairs(design: pd.DataFrame, examples: Sequence[dict]) -> pd.DataFrame:
+    """Mean ends over seeds in each cell of a `crossed` design, and how often a bag of words tells its pairs apart.
+
+    examples: what is trained on, for the accuracy of the bag of words (`responses.style_accuracy`).
+    """
+    told_apart = {}
+    for pairs in design.pairs.unique():
+        both = paired(examples, pairs)
+        told_apart[pairs] = responses.style_accuracy(*([e[role] for e in both] for role in ("chosen", "rejected")))
+    columns = ["chosen", "rejected", *(f"y* along {path}" for path in PATHS)]
+    means = design.groupby(["pairs", "sft_epochs", "lr"])[columns].mean().reset_index(["sft_epochs", "lr"])
+    means.insert(0, "told apart by a bag of words", means.index.map(told_apart))
+    return means
+
+
+def effects(ends: pd.DataFrame) -> pd.DataFrame:
     """What moves the end change of y*: mean differences along PATHS in nats, with 95% intervals over seeds.
 
-    ends: rows of `dpo_ends`. A difference is taken within a seed; where other settings are crossed with it, it is
+    ends: rows of `ends`. A difference is taken within a seed; where other settings are crossed with it, it is
     their mean. The kinds of pairs are compared at the large learning rate, where all effects are larger.
     """
-    lengths, rates = dpo_vary(ends, "pairs", "sft_epochs"), dpo_vary(ends, "pairs", "lr")
+    lengths, rates = vary(ends, "pairs", "sft_epochs"), vary(ends, "pairs", "lr")
     lengths = lengths[lengths.sft_epochs > 0]
     small, large = rates.lr.min(), rates.lr.max()
     fast, style = rates[rates.lr == large], rates.pairs == "style"
@@ -282,13 +266,6 @@ def dpo_effects(ends: pd.DataFrame) -> pd.DataFrame:
     for name, (runs, setting, high, low) in contrasts.items():
         if len(runs):
             means = runs.groupby(["seed", setting])[[f"y* along {path}" for path in PATHS]].mean()
-            change = means.xs(high, level=setting) - means.xs(low, level=setting)
-            rows[name] = {path: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*mean_interval(change[path])) for path in change}
+            moved = means.xs(high, level=setting) - means.xs(low, level=setting)
+            rows[name] = {path: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*mean_interval(moved[path])) for path in moved}
     return pd.DataFrame(rows).T
-
-
-def repetition_change(table: pd.DataFrame) -> tuple[float, float, float]:
-    """Change over DPO of the share of repeated 4-grams in greedy answers, with a 95% interval over prompts."""
-    rows = table[table.metric == "rep4"]
-    wide = rows.pivot_table(index=["seed", "prompt_id"], columns="step", values="value", observed=True)
-    return mean_interval(wide.iloc[:, -1] - wide.iloc[:, 0])

@@ -20,7 +20,7 @@ def _epochs_of(ax, per_epoch: float, steps: np.ndarray, values: np.ndarray, colo
 def squeezed_paths(table: pd.DataFrame, per_epoch: float) -> Figure:
     """Figure 4, last panel: change of log pi(y*) along three paths, and how far the response falls behind it."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharex=True)
-    for path, (kind, split) in evidence.PATHS.items():
+    for path, (kind, split) in statistics.PATHS.items():
         steps, top = curves(table, kind, "argmax_logp_sum", split)
         _, own = curves(table, kind, "logp_sum", split)
         color, line = PATH_STYLES[path]
@@ -38,7 +38,7 @@ def margin_and_likelihood(table: pd.DataFrame, beta: float, per_epoch: float) ->
     """What a DPO log shows (margin, accuracy) beside what it does not (the likelihoods)."""
     fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.1), sharex=True)
     for split, color, line in (("train", BLUE, "-"), ("test", RED, "--")):
-        margins = [evidence.dpo_margins(t, beta, split) for _, t in table.groupby("seed")]
+        margins = [statistics.margins(t, beta, split) for _, t in table.groupby("seed")]
         steps = margins[0].index.to_numpy() / per_epoch
         band(axes[0], steps, np.array([m.mean(axis=1) for m in margins]), color, f"{split} prompts", linestyle=line)
         right = np.array([(m > 0).mean(axis=1) for m in margins])
@@ -110,7 +110,7 @@ END_STYLES = {
 
 
 def sft_before_dpo(ends: pd.DataFrame) -> Figure:
-    """End changes in the same short DPO after no, short and long SFT. ends: rows of `evidence.dpo_ends`."""
+    """End changes in the same short DPO after no, short and long SFT. ends: rows of `evidence.ends`."""
     fig, ax = plt.subplots(figsize=(6.5, 3.6))
     for kind, (color, line) in END_STYLES.items():
         wide = ends.pivot(index="seed", columns="sft_epochs", values=kind)
@@ -122,7 +122,7 @@ def sft_before_dpo(ends: pd.DataFrame) -> Figure:
 
 
 def rate_and_beta(ends: pd.DataFrame) -> Figure:
-    """End changes in short DPO over the learning rate, one panel a beta. ends: rows of `evidence.dpo_ends`."""
+    """End changes in short DPO over the learning rate, one panel a beta. ends: rows of `evidence.ends`."""
     betas = sorted(ends.beta.unique())
     fig, axes = plt.subplots(1, len(betas), figsize=(9, 3.4), sharey=True)
     for ax, beta in zip(axes, betas, strict=True):
@@ -139,13 +139,13 @@ def rate_and_beta(ends: pd.DataFrame) -> Figure:
 
 
 def when_top_rises(ends: pd.DataFrame) -> Figure:
-    """End change of y* along three paths, by kind of pairs and length of SFT. ends: rows of `evidence.dpo_ends`."""
+    """End change of y* along three paths, by kind of pairs and length of SFT. ends: rows of `evidence.ends`."""
     fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.6), sharey=True, sharex=True)
     kinds = [kind for kind in ("as_written", "swapped", "rephrase", "style") if (ends.pairs == kind).any()]
     lengths = sorted(ends.sft_epochs.unique())
     shades = sns.color_palette("crest", len(lengths))
     rates = sorted(ends.lr.unique())
-    for ax, path in zip(axes, evidence.PATHS, strict=True):
+    for ax, path in zip(axes, statistics.PATHS, strict=True):
         for n, length in enumerate(lengths):
             for rate, marker in zip(rates, "o^sD", strict=False):
                 rows = ends[(ends.sft_epochs == length) & (ends.lr == rate)]

@@ -1,7 +1,7 @@
 """Chapter 5: DPO, measured on all kinds of response, and where the probability goes (sections 3.2, 4.2)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,29 +9,30 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lddyn import InputError, unknown
-from lddyn.data import preferences, reuse
-from lddyn.engine import models, probes, recipe, store
+from lddyn import unknown
+from lddyn.chapters.dpo.design import PAIRS, paired
+from lddyn.data import preferences, responses, reuse
+from lddyn.engine import models, recipe, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import Encoded
+from lddyn.engine.settings import choose, derive, lengths
 from lddyn.engine.training import Training, dpo_rows, log_rows, train
 
-PAIRS = {"as_written": "rejected", "style": "rejected_format", "swapped": "rejected", "rephrase": "chosen_semantic"}
 LIKELY = 0.05  # probability from which on a pushed token does not lie in the valley
 # what a run measures: everything, or only what tells how y* moves along trained and untrained paths
-MEASURE = {"all": probes.RESPONSE_TYPES, "paths": ("chosen", "rejected", "chosen_semantic", "other_test")}
+MEASURE = {"all": responses.RESPONSE_TYPES, "paths": ("chosen", "rejected", "chosen_semantic", "other_test")}
 SCALES = {
-    "smoke": {
+    "smoke": recipe.AFTER_SFT["smoke"] | {
         "n_train": 32, "n_probe": 8, "n_probe_test": 4, "sft_short": 1, "sft_epochs": 2, "sft_long": 4,
         "epochs": 2.0, "evaluations": 5, "batch_size": 4, "lr": 1e-3, "beta": 0.1,
         "few": 8, "few_lr": 4e-3, "few_evaluations": 2, "generate": 2, "account": 2,
     },
-    "laptop": {
+    "laptop": recipe.AFTER_SFT["laptop"] | {
         "n_train": 528, "n_probe": 24, "n_probe_test": 12, "sft_short": 2, "sft_epochs": 4, "sft_long": 8,
         "epochs": 1.5, "evaluations": 21, "batch_size": 4, "lr": 1.5e-4, "beta": 0.1,
         "few": 64, "few_lr": 1.6e-3, "few_evaluations": 2, "generate": 12, "account": 12,
     },
-    "paper": {
+    "paper": recipe.AFTER_SFT["paper"] | {
         "n_train": 5000, "n_probe": 500, "n_probe_test": 500, "sft_short": 2, "sft_epochs": 4, "sft_long": 8,
         "epochs": 4.0, "evaluations": 200, "batch_size": 4, "lr": 5e-7, "beta": 0.1,
         "few": 5000, "few_lr": 1e-6, "few_evaluations": 20, "generate": 100, "account": 100,
@@ -39,67 +40,103 @@ SCALES = {
 }  # fmt: skip
 
 
-def settings(scale: str, **overrides) -> dict:
-    """What a scale stands for in this chapter, with the values that are not None put in its place.
+@dataclass(frozen=True)
+class Chapter:
+    """The settings of chapter 5, chosen by scale; see the notebook's parameters for what they mean.
 
     `sft_*` belong to the SFT before: its learning rate and batch, as in chapter 3, and its lengths in epochs. `few` is
-    the number of pairs in the short runs, one epoch each, at the learning rate `few_lr`. Raises `InputError` for an
-    unknown scale.
+    the number of pairs in the short runs, one epoch each, at the learning rate `few_lr`.
     """
-    return (
-        recipe.after_sft(scale)
-        | SCALES[scale]
-        | {name: value for name, value in overrides.items() if value is not None}
-    )
+
+    seeds: int
+    model: str
+    size: str
+    data: str
+    n_train: int
+    n_probe: int
+    n_probe_test: int
+    max_prompt: int
+    max_response: int
+    sft_lr: float
+    sft_batch_size: int
+    sft_short: int
+    sft_epochs: int
+    sft_long: int
+    epochs: float
+    evaluations: int
+    batch_size: int
+    lr: float
+    beta: float
+    optimizer: str
+    warmup: int
+    few: int
+    few_lr: float
+    few_evaluations: int
+    generate: int
+    account: int
+    first_seed: int = 10
+    loss: str = "sigmoid"
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
-def grid(chosen: dict, stage: store.Run, loss: str, device: str, dtype: str) -> list[dict]:
+@dataclass(frozen=True)
+class Align:
+    """One run from `sft_epochs` of the SFT run in the folder `stage`; `pairs` and `measure`: see `align`."""
+
+    seed: int
+    model: str
+    stage: str
+    sft_epochs: int
+    data: str
+    pairs: str
+    measure: str
+    n_train: int
+    n_probe: int
+    n_probe_test: int
+    epochs: float
+    evaluations: int
+    batch_size: int
+    lr: float
+    beta: float
+    loss: str
+    optimizer: str
+    warmup: int
+    max_prompt: int
+    max_response: int
+    generate: int
+    account: int
+    device: str
+    dtype: str
+    clip: float = 10.0
+
+
+def settings(scale: str, given: Mapping[str, object]) -> Chapter:
+    """What a scale stands for in this chapter, with what is given in its place (`settings.choose`)."""
+    return choose(Chapter, SCALES, scale, given)
+
+
+def stage_grid(c: Chapter) -> list[recipe.Stages]:
+    """One SFT run a seed, which keeps the weights that DPO starts from."""
+    return recipe.stage_grid(c, (c.sft_short, c.sft_epochs, c.sft_long), range(c.first_seed, c.first_seed + c.seeds))
+
+
+def grid(c: Chapter, stage: store.Run) -> list[Align]:
     """The DPO runs of this chapter from one SFT run: the baseline that measures everything, and the short ones.
 
     The short ones train on `few` pairs once, after the shortest SFT. They vary the length of the SFT; learning rate and
     beta; and, for the question when y* rises, kind of pairs x length of SFT and kind of pairs x learning rate.
     """
-    names = ("data", "n_train", "n_probe", "n_probe_test", "epochs", "evaluations", "batch_size", "lr", "beta")
-    names += ("optimizer", "warmup", "max_prompt", "max_response", "sft_epochs", "generate", "account")
-    common = {name: chosen[name] for name in names}
-    common |= {"loss": loss, "clip": 10.0, "device": device, "dtype": dtype, "pairs": "as_written", "measure": "all"}
-    short = {"measure": "paths", "n_train": min(chosen["few"], chosen["n_train"]), "epochs": 1}
-    short |= {"evaluations": chosen["few_evaluations"], "generate": 0, "account": 0}
-    short |= {"lr": chosen["few_lr"], "sft_epochs": chosen["sft_short"]}
-    slow, longer = chosen["few_lr"] / 4, chosen["sft_long"]
-    (first,) = preferences.load(chosen["data"], "train", limit=1)
+    start = {"seed": stage.manifest["parameters"]["seed"], "model": recipe.base_model(c), "stage": str(stage.folder)}
+    whole = derive(Align, c, **start, pairs="as_written", measure="all")
+    once = {"n_train": min(c.few, c.n_train), "epochs": 1, "evaluations": c.few_evaluations}
+    short = replace(whole, **once, lr=c.few_lr, sft_epochs=c.sft_short, measure="paths", generate=0, account=0)
+    slow = {"lr": c.few_lr / 4}
+    (first,) = preferences.load(c.data, "train", limit=1)
     kinds = [kind for kind, source in PAIRS.items() if source in first]
-    cells = [{"pairs": kind} | cell for kind in kinds for cell in ({}, {"sft_epochs": longer}, {"lr": slow})]
-    cells += [{"sft_epochs": 0}, {"beta": chosen["beta"] * 5}, {"beta": chosen["beta"] * 5, "lr": slow}]
-    seed = stage.manifest["parameters"]["seed"]
-    whole = common | {"seed": seed, "model": recipe.base_model(chosen), "stage": str(stage.folder)}
-    return [whole, *(whole | short | cell for cell in cells)]
-
-
-# --- pairs -------------------------------------------------------------------------------------------------
-
-
-def paired(examples: Sequence[dict], pairs: str) -> list[dict]:
-    """The examples with `chosen` and `rejected` as they are trained on.
-
-    as_written: as the data has them; style: against an off-topic text in the form of the rejected answer, which a bag
-    of words tells apart; swapped: the roles of every second pair exchanged; rephrase: the chosen answer against its own
-    rephrase that keeps the meaning. Raises `InputError` for another name, or when the data lacks what it needs.
-    """
-    if pairs not in PAIRS:
-        raise unknown("pairs", pairs, PAIRS)
-    if PAIRS[pairs] not in examples[0]:
-        raise InputError(f"pairs={pairs!r} needs the response type {PAIRS[pairs]!r}, which the data lacks")
-    result = [e | {"rejected": e[PAIRS[pairs]]} for e in examples]
-    if pairs == "swapped":
-        result[1::2] = [
-            e | {_other_role(name): e[name] for name in e if name[:6] in ("chosen", "reject")} for e in result[1::2]
-        ]
-    return result
-
-
-def _other_role(name: str) -> str:
-    return name.replace("chosen", "rejected") if name.startswith("chosen") else name.replace("rejected", "chosen")
+    cells = [{"pairs": kind} | cell for kind in kinds for cell in ({}, {"sft_epochs": c.sft_long}, slow)]
+    cells += [{"sft_epochs": 0}, {"beta": c.beta * 5}, {"beta": c.beta * 5} | slow]
+    return [whole, *(replace(short, **cell) for cell in cells)]
 
 
 def write_pairs(path: Path, data: str, pairs: str, n_train: int) -> str:
@@ -179,75 +216,49 @@ def repetition(text: str, n: int = 4) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-@dataclass(frozen=True)
-class Align:
-    seed: int
-    model: str
-    stage: str
-    sft_epochs: int
-    data: str
-    pairs: str
-    measure: str
-    n_train: int
-    n_probe: int
-    n_probe_test: int
-    epochs: float
-    evaluations: int
-    batch_size: int
-    lr: float
-    beta: float
-    loss: str
-    optimizer: str
-    warmup: int
-    clip: float
-    max_prompt: int
-    max_response: int
-    generate: int
-    account: int
-    device: str
-    dtype: str
+def repetition_rows(written: Sequence[dict], batch_size: int) -> pd.DataFrame:
+    """`rep4` (`repetition`) and log pi of greedy answers, nats summed, as rows of a long table."""
+    return store.long(
+        (a["step"], a["step"] * batch_size, a["prompt_id"], "greedy", metric, value)
+        for a in written
+        for metric, value in (("rep4", repetition(a["text"])), ("logp_sum", min(a["logp"], 0.0)))
+    )
 
 
-def align(work: Path, s: Align):
+def align(work: Path, s: Align) -> pd.DataFrame:
     """DPO from an SFT model, with all kinds of response measured along the way (section 4.2); returns a long table.
 
-    Starts from `sft_epochs` of the SFT run in the folder `stage` (`stages`), or from `model` itself when that is 0;
-    where it starts is also the reference. `chosen` and `rejected` are the pair that is trained on (`paired`). `measure`
-    is "all" or "paths". With `generate`, so many prompts of each split are answered greedily before and after,
-    and repetition is measured (`rep4`); with `account`, where the probability of so many rejected answers goes
+    Starts from `sft_epochs` of the SFT run in the folder `stage` (`recipe.stages`), or from `model` itself when that is
+    0; where it starts is also the reference. `chosen` and `rejected` are the pair that is trained on (`paired`).
+    `measure` is "all" or "paths". With `generate`, so many prompts of each split are answered greedily before and
+    after, and repetition is measured (`rep4`); with `account`, where the probability of so many rejected answers goes
     (`mass_rows`), and the finished weights stay in `model/`. An interrupted run continues from its last checkpoint.
     """
     if s.measure not in MEASURE:
         raise unknown("measure", s.measure, MEASURE)
-    lengths = {"max_prompt": s.max_prompt, "max_response": s.max_response}
-    data = write_pairs(work / "pairs.jsonl", data, s.pairs, s.n_train) if s.pairs != "as_written" else data
+    data = s.data if s.pairs == "as_written" else write_pairs(work / "pairs.jsonl", s.data, s.pairs, s.n_train)
+    examples, test_set = preferences.load(data, "train", limit=s.n_train), preferences.load(data, "test")
     start = str(Path(s.stage) / f"model-{s.sft_epochs}") if s.sft_epochs else s.model
     lm, tokenizer = models.read(start, device=s.device, dtype=s.dtype)
-    examples, test_set = preferences.load(data, "train", limit=s.n_train), preferences.load(data, "test")
     kinds = MEASURE[s.measure]
     initial = models.read(s.model, device=s.device, dtype=s.dtype)[0] if "chosen_initial" in kinds else None
-    probed = recipe.probe_set(initial, tokenizer, examples, test_set, s.n_probe, s.n_probe_test, s.seed, lengths, kinds)
-    rows = dpo_rows(tokenizer, *([e[field] for e in examples] for field in ("prompt", "chosen", "rejected")), **lengths)
+    probed = recipe.probe_set(initial, tokenizer, examples, test_set, s, kinds)
+    texts = ([e[field] for e in examples] for field in ("prompt", "chosen", "rejected"))
+    rows = dpo_rows(tokenizer, *texts, **lengths(s))
     steps = int(-(-len(rows) // s.batch_size) * s.epochs)
-    callback = ProbeCallback(probed, at=store.dense_early(steps, s.evaluations), **lengths)
-    before = recipe.answers(lm, tokenizer, probed, s.generate, lengths)
-    log = train(
-        work, lm, tokenizer, rows, callback, Training(method="dpo", loss=s.loss, beta=s.beta, seed=s.seed, lr=s.lr, epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, warmup=s.warmup, clip=s.clip, checkpoints=4 if s.measure == "all" else 1))  # fmt: skip
+    callback = ProbeCallback(probed, at=store.dense_early(steps, s.evaluations), **lengths(s))
+    before = recipe.answers(lm, tokenizer, probed, s.generate, s)
+    how = derive(Training, s, method="dpo", checkpoints=4 if s.measure == "all" else 1)
+    log = train(work, lm, tokenizer, rows, callback, how)
     table = [callback.table(), log_rows(log, s.batch_size)]
     if s.generate:
-        after = recipe.answers(lm, tokenizer, probed, s.generate, lengths)
+        after = recipe.answers(lm, tokenizer, probed, s.generate, s)
         written = [{"step": step, **answer} for step, part in ((0, before), (steps, after)) for answer in part]
         store.write_json(work.parent / "answers.json", written)
-        table.append(
-            store.long(
-                (a["step"], a["step"] * s.batch_size, a["prompt_id"], "greedy", metric, value)
-                for a in written
-                for metric, value in (("rep4", repetition(a["text"])), ("logp_sum", min(a["logp"], 0.0)))
-            )
-        )
+        table.append(repetition_rows(written, s.batch_size))
     if s.account:
         models.save(lm, tokenizer, work.parent / "model")
         reference, _ = models.read(start, device=s.device, dtype=s.dtype)
-        encoded = probed.encode(tokenizer, **lengths)
+        encoded = probed.encode(tokenizer, **lengths(s))
         table.append(mass_rows(reference, lm.eval(), encoded, s.account, steps, s.batch_size))
     return store.compact(pd.concat(table, ignore_index=True))

@@ -3,8 +3,17 @@
 import numpy as np
 import pandas as pd
 
-from lddyn.chapters.dpo.evidence import PATHS, dpo_margins, top_change
-from lddyn.chapters.statistics import bootstrapped_slope, change, curve, partial_slope, share_won, wide
+from lddyn.chapters.statistics import (
+    PATHS,
+    bootstrapped_slope,
+    change,
+    curve,
+    margins,
+    partial_slope,
+    share_won,
+    top_change,
+    wide,
+)
 
 UNPUSHED = ("chosen_semantic", "other_train", "other_test", "unrelated")  # in no pair that is trained on
 
@@ -78,8 +87,8 @@ def _source(table: pd.DataFrame, name: str) -> pd.DataFrame:
 
 def lm_dpo_force_left(table: pd.DataFrame) -> float:
     """DPO's force on the probed training pairs at the end over that at the start, mean."""
-    margins = dpo_margins(_loss(table, "DPO"), 0.1)
-    return float((2 / (1 + np.exp(margins.iloc[-1]))).mean())
+    margin = margins(_loss(table, "DPO"), 0.1)
+    return float((2 / (1 + np.exp(margin.iloc[-1]))).mean())
 
 
 def lm_ipo_margin(table: pd.DataFrame) -> float:
