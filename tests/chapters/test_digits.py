@@ -1,4 +1,5 @@
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from lddyn import InputError
 from lddyn.chapters.digits import run as digits
 from lddyn.data import images
+from lddyn.publish import notebooks
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "mnist"
 
@@ -91,27 +93,37 @@ def test_unknown_names_get_the_nearest_one():
     with pytest.raises(InputError, match="did you mean 'lenet'"):
         digits.network("lennet", 0)
     with pytest.raises(InputError, match="did you mean 'laptop'"):
-        digits.settings("labtop")
+        digits.settings("labtop", {})
 
 
 def test_overrides_win_over_the_scale_and_none_leaves_it():
-    chosen = digits.settings("laptop", seeds=2, epochs=3, lr=None)
-    assert chosen["seeds"] == 2 and chosen["run"]["epochs"] == 3
-    assert chosen["run"]["lr"] == digits.SCALES["laptop"]["lr"] and "seeds" not in chosen["run"]
+    chosen = digits.settings("laptop", {"seeds": 2, "epochs": 3, "lr": None, "a notebook's other names": 1})
+    assert (chosen.seeds, chosen.epochs, chosen.lr) == (2, 3, digits.SCALES["laptop"]["lr"])
+    runs = digits.grid(chosen)
+    assert [(r.seed, r.epochs) for r in runs] == [(0, 3), (1, 3)]
+
+
+def test_a_folder_that_is_not_read_does_not_make_another_run():
+    of_scans, of_mnist = (
+        digits.grid(digits.settings("smoke", {"data": data, "mnist_dir": "mine"}))[0] for data in ("digits", "mnist")
+    )
+    assert (of_scans.mnist_dir, of_mnist.mnist_dir) == ("", "mine")
+
+
+def test_what_another_chapter_asks_for_is_what_the_notebook_runs():
+    cell = notebooks.parameters(notebooks.notebook_path("01_mnist"))
+    assert digits.settings("smoke", {p.name: p.default for p in cell.values()}) == digits.settings("smoke", {})
 
 
 def test_same_seed_gives_the_same_numbers(tmp_path):
-    small = {
-        "seed": 5, "net": "lenet", "data": "digits", "mnist_dir": "", "n_train": 200, "n_test": 300,
-        "epochs": 3, "evaluations": 3, "lr": 0.03, "eta": 0.01,
-    }  # fmt: skip
+    given = {"n_train": 200, "n_test": 300, "epochs": 3, "evaluations": 3}
+    small = digits.grid(digits.settings("smoke", given))[0]
     tables = []
-    for name in "ab":
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         (tmp_path / name).mkdir()
-        tables.append(digits.train(tmp_path / name, **small))
+        tables.append(digits.train(tmp_path / name, replace(small, seed=seed)))
     assert tables[0].equals(tables[1])
-    (tmp_path / "c").mkdir()
-    assert not digits.train(tmp_path / "c", **(small | {"seed": 6})).equals(tables[0])
+    assert not tables[0].equals(tables[2])
 
 
 def test_one_step_moves_only_what_the_step_moved():

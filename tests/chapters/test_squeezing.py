@@ -10,7 +10,9 @@ from torch.nn.functional import cross_entropy
 from lddyn import InputError
 from lddyn.chapters import claims
 from lddyn.chapters.squeezing import run as squeezing
+from lddyn.chapters.squeezing import steps
 from lddyn.engine import store
+from lddyn.publish import notebooks
 from lddyn.theory import influence, losses, softmax
 
 STATIC = Path(__file__).parents[2] / "book" / "_static"
@@ -165,9 +167,10 @@ def test_sigmoid_does_not_squeeze_and_sparsemax_does_even_from_zero():
 
 
 def test_law_gives_the_same_valid_table_twice_and_every_verdict_a_number(tmp_path):
-    table = squeezing.law(tmp_path, seed=100, draws=10)
+    settings = squeezing.Measurement(seed=100, draws=10)
+    table = squeezing.law(tmp_path, settings)
     store.check(table)
-    assert table.equals(squeezing.law(tmp_path, seed=100, draws=10))
+    assert table.equals(squeezing.law(tmp_path, settings))
     parts = [{"chapter": e.get("chapter")} | p for e in claims.ledger() for p in e.get("parts", [])]
     parts = [p for p in parts if p["chapter"] == "04_squeezing"]
     assert len(parts) > 20
@@ -176,7 +179,31 @@ def test_law_gives_the_same_valid_table_twice_and_every_verdict_a_number(tmp_pat
 
 def test_unknown_scale_is_refused():
     with pytest.raises(InputError, match="laptop"):
-        squeezing.settings("lapto")
+        squeezing.settings("lapto", {})
+
+
+def test_overrides_win_over_the_scale():
+    chosen = squeezing.settings("smoke", {"seeds": 3, "draws": None, "vocab": 20})
+    assert (chosen.seeds, chosen.draws, chosen.vocab) == (3, 40, 20)
+    assert squeezing.grid(chosen) == [squeezing.Measurement(seed, 40) for seed in range(3)]
+
+
+def test_settings_of_the_small_example_are_those_of_the_parameters_cell():
+    cell = notebooks.parameters(notebooks.notebook_path("04_squeezing"))
+    assert squeezing.settings("smoke", {p.name: p.default for p in cell.values()}) == squeezing.settings("smoke", {})
+
+
+def test_table_of_the_regimes_says_who_paid_only_where_somebody_was_pushed_alone():
+    table = steps.who_gains(steps.regimes(squeezing.settings("smoke", {})))
+    paid = table["y*'s gain paid by labels nobody pushed"]
+    assert [bool(text) for text in paid] == [False, True, True, True, False] and paid.iloc[3] == "100%"
+    assert list(table["other labels that rise"]) == ["0 of 49", "49 of 49", "1 of 49", "1 of 49", "0 of 48"]
+
+
+def test_sparsemax_cuts_the_tail_off_and_sigmoids_let_nobody_pay():
+    table = steps.who_pays(steps.outputs(50))
+    assert table["that fall"].sparsemax > 0 and table["that are exactly 0"].sparsemax > 0
+    assert table["that fall"].sigmoid == 0 and table["other labels that rise"].sigmoid == 49
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import resource
 import signal
@@ -167,14 +168,14 @@ def test_one_failing_run_does_not_throw_away_the_others():
     assert sorted(e["parameters"]["seed"] for e in finished) == [1, 3]
 
 
-SMALL = {
-    "seed": 0, "net": "mlp", "data": "digits", "mnist_dir": "", "n_train": 200, "n_test": 300,
-    "epochs": 60, "evaluations": 30, "lr": 0.03, "eta": 0.01,
-}  # fmt: skip
+SMALL = digits.Training(
+    seed=0, net="mlp", data="digits", mnist_dir="", n_train=200, n_test=300,
+    epochs=60, evaluations=30, lr=0.03, eta=0.01,
+)  # fmt: skip
 SCRIPT = f"""
 from lddyn.chapters.digits import run as digits
 from lddyn.engine import cache, pool
-if __name__ == '__main__': cache.run(digits.train, {SMALL})
+if __name__ == '__main__': cache.run(digits.train, digits.{SMALL})
 """
 
 
@@ -195,7 +196,8 @@ def test_killed_training_resumes_to_the_numbers_of_an_uninterrupted_run(tmp_path
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):
     script = SCRIPT.replace(
-        f"cache.run(digits.train, {SMALL})", f"pool.run_all(digits.train, [{SMALL}, {SMALL | {'seed': 1}}])"
+        f"cache.run(digits.train, digits.{SMALL})",
+        f"pool.run_all(digits.train, [digits.{SMALL}, digits.{dataclasses.replace(SMALL, seed=1)}])",
     )
     parent = psutil.Popen([sys.executable, "-c", script])
     deadline = time.time() + 60
@@ -210,7 +212,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
 
 
 def test_two_processes_that_ask_for_one_run_compute_it_once(tmp_path):
-    script = SCRIPT.replace("'epochs': 60", "'epochs': 10")
+    script = SCRIPT.replace("epochs=60", "epochs=10")
     processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
     assert [p.wait(120) for p in processes] == [0, 0]
     assert [e["state"] for e in status.status()] == ["fresh"]

@@ -1,10 +1,13 @@
 """Figures of chapter 1."""
 
+from collections.abc import Mapping
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from lddyn.chapters.digits import evidence
 from lddyn.chapters.style import BLUE, GREEN, GREY, ORANGE, RED, band
@@ -21,16 +24,16 @@ def mean_matrix(table: pd.DataFrame, metric: str, step: int) -> np.ndarray:
     return rows.pivot_table(index="prompt_id", columns="response_type", values="value").to_numpy()
 
 
-def digits_one_step(image, arrow: np.ndarray, changes: dict[str, np.ndarray]) -> Figure:
+def one_step(image: Tensor, residual: Tensor, changes: Mapping[int, np.ndarray]) -> Figure:
     """Figures 1a and 1b: the updated image, -G, and the change of log pi at images of three classes.
 
-    image: (28, 28); arrow: -G (10,); changes: title -> (10,) nats.
+    image: (28, 28); residual: G (10,); changes: class of the image -> (10,) nats.
     """
     fig, axes = plt.subplots(1, 2 + len(changes), figsize=(9, 2.2), width_ratios=[0.8, *[1] * (1 + len(changes))])
     axes[0].imshow(image, cmap="gray_r")
     axes[0].set(title="the update $x_u$", xticks=[], yticks=[])
     colors = [GREY, BLUE, ORANGE, GREY]
-    panels = {"residual: $-G(x_u, y_u)$": arrow, **changes}
+    panels = {"residual: $-G(x_u, y_u)$": -residual.numpy()} | {f"on images of a {c}": v for c, v in changes.items()}
     for ax, color, (title, values) in zip(axes[1:], colors, panels.items(), strict=True):
         ax.bar(range(10), values, color=color)
         ax.axhline(0, color="0.3", linewidth=0.8)
@@ -40,7 +43,7 @@ def digits_one_step(image, arrow: np.ndarray, changes: dict[str, np.ndarray]) ->
     return fig
 
 
-def digits_leaks(table: pd.DataFrame) -> Figure:
+def leaks(table: pd.DataFrame) -> Figure:
     """Figures 1c and 1d: where the mean prediction of each true class leaks to at the end of training."""
     last = mean_matrix(table, "prob_mean", table[table.metric == "prob_mean"].step.max())
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=[1, 1.15])
@@ -54,7 +57,7 @@ def digits_leaks(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def digits_error_order(table: pd.DataFrame) -> Figure:
+def order_of_the_error(table: pd.DataFrame) -> Figure:
     """How the error of proposition 1 shrinks with the learning rate: slope 2, where the change has slope 1."""
     fig, ax = plt.subplots(figsize=(5.5, 3.6))
     error_order(ax, table)
@@ -78,7 +81,7 @@ def error_order(ax, table: pd.DataFrame) -> None:
     ax.legend()
 
 
-def digits_entk(table: pd.DataFrame) -> Figure:
+def entk(table: pd.DataFrame) -> Figure:
     """Figure 7: ||K_uo|| of some pairs over training, its mean, and how stable the ranking is."""
     fig, (pairs, mean, rank) = plt.subplots(1, 3, figsize=(9.5, 3.1))
     for (o, u), color in (((4, 4), BLUE), ((9, 4), ORANGE), ((0, 4), GREY), ((8, 5), GREEN)):
@@ -95,14 +98,9 @@ def digits_entk(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def digits_kernel_and_leak(table: pd.DataFrame) -> Figure:
+def kernel_and_leak(table: pd.DataFrame) -> Figure:
     """Accumulated ||K|| of a pair of classes against the mean probability that leaks between them."""
     fig, ax = plt.subplots(figsize=(4.8, 3.6))
-    _kernel_and_leak(ax, table)
-    return fig
-
-
-def _kernel_and_leak(ax, table: pd.DataFrame) -> None:
     kernel = np.mean([evidence.accumulated_entk(t) for _, t in table.groupby("seed")], axis=0)
     leak = mean_matrix(table, "prob_mean", table[table.metric == "prob_mean"].step.max())
     for o in range(10):
@@ -119,3 +117,4 @@ def _kernel_and_leak(ax, table: pd.DataFrame) -> None:
                         textcoords="offset points",
                     )
     ax.set(yscale="log", xlabel=r"$\|K\|_F$ accumulated over training", ylabel="mean probability at the end")
+    return fig

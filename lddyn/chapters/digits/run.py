@@ -3,6 +3,8 @@
 Section 2, figure 1; appendix C.1, figures 6 and 7.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from lddyn import unknown
 from lddyn.data import images
+from lddyn.engine.settings import choose, derive
 from lddyn.engine.store import dense_early, long
 from lddyn.theory import influence, losses
 
@@ -24,17 +27,47 @@ SCALES = {
 ETAS = [10.0**k for k in range(-6, 1)]  # seven learning rates for the order of the error of proposition 1
 
 
-def settings(scale: str, seeds: int | None = None, **overrides) -> dict:
-    """What a scale stands for, with the values that were given put in its place.
+@dataclass(frozen=True)
+class Chapter:
+    """All settings of the chapter: those that a scale stands for, then those that it does not change."""
 
-    Returns the values flat, and under `run` those that `train` takes. Raises `InputError` for an unknown scale.
-    """
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
-    given = {name: value for name, value in overrides.items() if value is not None}
-    count = seeds or SCALES[scale]["seeds"]
-    run = {name: value for name, value in SCALES[scale].items() if name != "seeds"} | given
-    return {**run, "seeds": count, "run": run}
+    seeds: int
+    epochs: int
+    evaluations: int
+    n_train: int
+    n_test: int
+    lr: float
+    data: str = "digits"
+    mnist_dir: str = "mnist"
+    net: str = "lenet"
+    eta: float = 1e-2
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of `train`."""
+
+    seed: int
+    net: str
+    data: str
+    mnist_dir: str
+    n_train: int
+    n_test: int
+    epochs: int
+    evaluations: int
+    lr: float
+    eta: float  # of the single steps that are looked at
+
+
+def settings(scale: str, given: Mapping[str, object]) -> Chapter:
+    """The chapter's settings at a scale, with those of `given` (`choose`); `InputError` for an unknown scale."""
+    return choose(Chapter, SCALES, scale, given)
+
+
+def grid(settings: Chapter) -> list[Training]:
+    """The runs of the chapter: one network for each seed."""
+    mnist_dir = settings.mnist_dir if settings.data == "mnist" else ""
+    return [derive(Training, settings, seed=seed, mnist_dir=mnist_dir) for seed in range(settings.seeds)]
 
 
 # --- the networks ------------------------------------------------------------------------------------------
@@ -175,30 +208,19 @@ def measure(model, train: images.Digits, test: images.Digits, few: images.Digits
 # --- one run -----------------------------------------------------------------------------------------------
 
 
-def train(
-    work: Path,
-    seed: int,
-    net: str,
-    data: str,
-    mnist_dir: str,
-    n_train: int,
-    n_test: int,
-    epochs: int,
-    evaluations: int,
-    lr: float,
-    eta: float,
-):
+def train(work: Path, settings: Training):
     """Train one network and measure it along the way; returns a long table.
 
     SGD with momentum 0.9, weight decay 5e-4, batches of 64 and a cosine schedule to 1e-6, as in the authors'
     notebook. The single steps that are looked at are plain gradient steps of size `eta`. A checkpoint after every
     evaluation lets an interrupted run continue to the same numbers.
     """
-    train_set, test_set = images.split(images.load(data, mnist_dir), n_train, n_test, seed)
+    everything = images.load(settings.data, settings.mnist_dir)
+    train_set, test_set = images.split(everything, settings.n_train, settings.n_test, settings.seed)
     few = images.Digits(*(part[images.of_each_class(test_set, 3).flatten()] for part in test_set))
-    model = network(net, seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=1e-6)
+    model = network(settings.net, settings.seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs, eta_min=1e-6)
     rows, start, checkpoint = [], 0, work / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -206,15 +228,16 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         rows, start = [tuple(row) for row in saved["rows"]], saved["epoch"]
-    looked_at = dense_early(epochs, evaluations)
-    for epoch in range(start, epochs + 1):
+    looked_at = dense_early(settings.epochs, settings.evaluations)
+    for epoch in range(start, settings.epochs + 1):
         if epoch in looked_at and not (checkpoint.exists() and epoch == start):
-            rows += [(epoch, epoch * n_train, *row) for row in measure(model, train_set, test_set, few, eta)]
+            examples = epoch * settings.n_train
+            rows += [(epoch, examples, *row) for row in measure(model, train_set, test_set, few, settings.eta)]
             if epoch in (looked_at[0], looked_at[len(looked_at) // 2], looked_at[-1]):
-                rows += _proposition_rows(model, train_set, test_set, epoch, epoch * n_train)
+                rows += _proposition_rows(model, train_set, test_set, epoch, examples)
             save(checkpoint, model, optimizer, schedule, rows, epoch)
-        if epoch < epochs:
-            _one_epoch(model, optimizer, train_set, seed * 100_003 + epoch)
+        if epoch < settings.epochs:
+            _one_epoch(model, optimizer, train_set, settings.seed * 100_003 + epoch)
             schedule.step()
     return long(rows)
 

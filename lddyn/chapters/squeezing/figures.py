@@ -1,23 +1,27 @@
 """Figures of chapter 4."""
 
+from collections.abc import Mapping, Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from lddyn.chapters.squeezing.run import PUSHED, STRENGTHS
+from lddyn.chapters.squeezing.steps import Moved
 from lddyn.chapters.style import BLUE, GREEN, GREY, ORANGE, RED, band
+from lddyn.theory import softmax
 
 
-def before_and_after(panels: dict[str, tuple], changes: bool = True) -> Figure:
-    """Distributions over ranked labels before and after a step, and the change of each log-probability (appendix E).
-
-    panels: title -> (before, after, labels): (V,) probabilities twice, and the ranks that were pushed, 0 the likeliest.
-    """
+def before_and_after(panels: Mapping[str, Moved], changes: bool = True) -> Figure:
+    """Distributions over ranked labels before and after a step, and the change of each log-probability (appendix E)."""
     rows = 2 if changes else 1
     size = (1.75 * len(panels) + 0.7, 2 * rows + 0.3)
     fig, axes = plt.subplots(rows, len(panels), figsize=size, sharey="row", sharex=True, squeeze=False)
     for n, (title, (before, after, labels)) in enumerate(panels.items()):
-        rank = np.arange(1, len(before) + 1)
+        before, after, rank = before.numpy(), after.numpy(), np.arange(1, len(before) + 1)
         axes[0, n].plot(rank, before, color=GREY, label="before")
         axes[0, n].plot(rank, after, ".", color=BLUE, label="after", markersize=4)
         axes[0, n].set_title(title, fontsize=9)
@@ -39,41 +43,44 @@ def before_and_after(panels: dict[str, tuple], changes: bool = True) -> Figure:
     return fig
 
 
-def squeezing_threshold(p: np.ndarray, changes: dict, thresholds: dict, first: float) -> Figure:
-    """Who rises in a large vocabulary, and how the bar moves with the size of the step.
+def threshold(z: Tensor, y: Tensor, strengths: Sequence[float]) -> Figure:
+    """Who rises when label y is pushed, at three step sizes |eta'|, and how the bar moves with the size of the step.
 
-    p: (V,) without the pushed label; changes: |eta'| -> change of log p, (V,) nats; thresholds: |eta'| -> exact
-    threshold; first: the threshold of the first-order law.
+    z: (V,) logits.
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    for (strength, change), color in zip(changes.items(), (BLUE, ORANGE, RED), strict=True):
-        left.plot(p, change, ".", color=color, markersize=3, label=f"$|\\eta'| = {strength:g}$")
+    logp, others = z.log_softmax(-1), torch.arange(len(z)) != y
+    p = logp.exp()
+    for strength, color in zip(strengths, (BLUE, ORANGE, RED), strict=True):
+        change = (softmax.step(z, y, -strength).log_softmax(-1) - logp)[others]
+        left.plot(p[others], change, ".", color=color, markersize=3, label=f"$|\\eta'| = {strength:g}$")
     left.axhline(0, color="0.3", linewidth=0.8)
     left.set(xscale="log", xlabel="probability before", ylabel=r"$\Delta\log p$ (nats)")
     left.set_yscale("symlog", linthresh=0.01)
     left.legend(fontsize=8)
-    right.semilogx(list(thresholds), list(thresholds.values()), color=BLUE, label="exact threshold")
-    right.axhline(first, color=GREY, linestyle="--", label=r"first order, $\|p\|^2 - p_y$")
-    right.axhline(p.max(), color=GREEN, linestyle="--", label="$p_{y^*}$")
+    sizes = torch.logspace(-1, 3, 41).tolist()
+    right.semilogx(sizes, [softmax.threshold(logp, y, -e) for e in sizes], color=BLUE, label="exact threshold")
+    right.axhline(p.square().sum() - p[y], color=GREY, linestyle="--", label=r"first order, $\|p\|^2 - p_y$")
+    right.axhline(p[others].max(), color=GREEN, linestyle="--", label="$p_{y^*}$")
     right.set(xlabel=r"size of the step $|\eta'|$", ylabel="a label rises above this probability", ylim=(0, None))
     right.legend(fontsize=8)
     return fig
 
 
-def squeezing_domain(table: pd.DataFrame, strengths) -> Figure:
+def domain(table: pd.DataFrame) -> Figure:
     """Where the first-order law holds: its relative error, and the share of labels whose direction it gets right."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     for ax, metric, color in ((left, "ladder_law_error", RED), (right, "prob_law_direction", BLUE)):
         by_rung = table[table.metric == metric].groupby("step").value
-        ax.semilogx(strengths, by_rung.mean(), "o-", color=color, markersize=4)
-        ax.fill_between(strengths, by_rung.quantile(0.05), by_rung.quantile(0.95), color=color, alpha=0.15, linewidth=0)
+        ax.semilogx(STRENGTHS, by_rung.mean(), "o-", color=color, markersize=4)
+        ax.fill_between(STRENGTHS, by_rung.quantile(0.05), by_rung.quantile(0.95), color=color, alpha=0.15, linewidth=0)
         ax.set_xlabel(r"size of the step $|\eta'|$")
     left.set(yscale="log", ylabel="error of the law / size of the change")
     right.set(ylabel="labels whose direction is right", ylim=(0, 1.03))
     return fig
 
 
-def squeezing_pushed_label(table: pd.DataFrame, pushed) -> Figure:
+def pushed_label(table: pd.DataFrame) -> Figure:
     """Claim 4: the same shape and step, with the pushed label less and less likely."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     lines = (
@@ -83,7 +90,7 @@ def squeezing_pushed_label(table: pd.DataFrame, pushed) -> Figure:
     )
     for ax, metric, color, label in lines:
         wide = table[table.metric == metric].groupby(["seed", "step"]).value.mean().unstack()
-        band(ax, pushed, wide.to_numpy(), color, label, marker="o", markersize=4)
+        band(ax, PUSHED, wide.to_numpy(), color, label, marker="o", markersize=4)
     for ax in (left, right):
         ax.set(xscale="log", xlabel="probability of the pushed label, $p_y$")
         ax.invert_xaxis()
@@ -94,13 +101,13 @@ def squeezing_pushed_label(table: pd.DataFrame, pushed) -> Figure:
     return fig
 
 
-def residual_forces(margins: np.ndarray, forces: dict[str, tuple]) -> Figure:
+def residual_forces(margins: Tensor, forces: Mapping[str, tuple[Tensor, Tensor]]) -> Figure:
     """Figure 2 as numbers: the force of every loss on chosen and on rejected against the margin, on the same axes.
 
     forces: name -> (on chosen, on rejected), (margins,) each. Drawn in units of the larger of the two at margin 0.
     """
     fig, axes = plt.subplots(3, 4, figsize=(9.5, 6), sharex=True, sharey=True)
-    start = np.abs(margins).argmin()
+    start = margins.abs().argmin()
     for ax, (name, (chosen, rejected)) in zip(axes.flat, forces.items(), strict=True):
         unit = max(abs(chosen[start]), abs(rejected[start]))
         ax.plot(margins, chosen / unit, color=BLUE, label="on chosen")

@@ -1,12 +1,14 @@
 """Chapter 4: the claims of appendix E and the residuals of appendix B, measured on random distributions."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lddyn import unknown
+from lddyn.engine.settings import choose, derive
 from lddyn.engine.store import long
 from lddyn.theory import losses, softmax
 
@@ -20,23 +22,45 @@ STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # |eta'| of negative s
 PUSHED = (0.4, 0.1, 0.01, 1e-3, 1e-4, 1e-5)  # p_y, with the shape of the rest fixed
 
 
-def settings(scale: str, seeds: int | None = None, draws: int | None = None) -> dict:
-    """Seeds and draws of a scale, with what was given in its place; raises `InputError` for an unknown scale."""
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
-    return {"seeds": seeds or SCALES[scale]["seeds"], "draws": draws or SCALES[scale]["draws"]}
+@dataclass(frozen=True)
+class Chapter:
+    """All settings of the chapter: those that a scale stands for, then those of the small example."""
+
+    seeds: int
+    draws: int
+    vocab: int = 50
+    peakiness: float = 2.6
+    strength: float = 3.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run of `law`."""
+
+    seed: int
+    draws: int  # random distributions for each measurement
+
+
+def settings(scale: str, given: Mapping[str, object]) -> Chapter:
+    """The chapter's settings at a scale, with those of `given` (`choose`); `InputError` for an unknown scale."""
+    return choose(Chapter, SCALES, scale, given)
+
+
+def grid(settings: Chapter) -> list[Measurement]:
+    """The runs of the chapter: one for each seed."""
+    return [derive(Measurement, settings, seed=seed) for seed in range(settings.seeds)]
 
 
 # --- the law, measured -------------------------------------------------------------------------------------
 
 
-def law(work: Path, seed: int, draws: int):
+def law(work: Path, settings: Measurement):
     """Measure the claims of appendix E, and the residuals of appendix B, on random distributions; a long table.
 
     Gaussian logits of random scale, labels and step sizes, in float64; `draws` of them for each vocabulary (a
     twentieth at 50,000). `prompt_id` is the draw, `response_type` what it was, `step` the rung of a ladder.
     """
-    random = torch.Generator().manual_seed(seed)
+    random, draws = torch.Generator().manual_seed(settings.seed), settings.draws
     rows = []
     for vocab in VOCABULARIES:
         count = draws if vocab <= 1000 else max(draws // 20, 2)
