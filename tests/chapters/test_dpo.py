@@ -1,3 +1,4 @@
+import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from lddyn import InputError
-from lddyn.chapters import statistics
+from lddyn.chapters import claims, statistics
 from lddyn.chapters.dpo import design, evidence
 from lddyn.chapters.dpo import run as dpo
 from lddyn.chapters.sft import evidence as sft_evidence
@@ -184,6 +185,8 @@ def test_the_grid_crosses_at_its_centre_and_has_no_run_twice(data):
     assert len(evidence.vary(short, "lr")) == 2 and len(evidence.vary(short, "lr", "beta")) == 4
     assert len(evidence.vary(short)) == 1
     assert set(evidence.vary(short, "pairs").pairs) == set(design.PAIRS)
+    cells = evidence.crossed(short)[["pairs", "sft_epochs", "lr"]]
+    assert len(cells) == len(cells.drop_duplicates()) == 3 * len(design.PAIRS)
 
 
 def test_data_without_rephrases_leaves_out_the_pairs_that_need_them(tmp_path):
@@ -216,6 +219,13 @@ def test_margins_start_at_zero_and_count_both_falls():
     assert evidence.late_change(made_up([0, -1, -2], [0, -4, -12])) == pytest.approx(-1)
     assert evidence.below_start(made_up([0, -1, -2], [0, 0, 0]).assign(seed=0)).tolist() == [1.0]
     assert evidence.below_start(made_up([0, -1, 2], [0, 0, 0]).assign(seed=0)).tolist() == [0.0]
+
+
+def test_the_ledger_gives_each_statistic_the_arguments_that_it_takes():
+    """Otherwise a verdict fails only after the runs."""
+    for part in (part for claim in claims.of_chapter("05_dpo") for part in claims.parts(claim)):
+        measure = claims.statistic(part["chapter"], part["statistic"])
+        inspect.signature(measure).bind("table", **part.get("arguments", {}))
 
 
 def test_rephrases_are_averaged_only_where_the_chosen_answer_is_up():
