@@ -129,6 +129,18 @@ def test_main_run_is_told_from_the_small_ones_by_its_number_of_prompts():
     assert evidence.sft_chosen_change(both) == 5
 
 
+def test_the_gap_after_new_prompts_is_not_that_after_trained_ones():
+    trained, new = (table_of({"other_train": [0.0, rise], "other_test": [0.0, 1.0]}) for rise in (5.0, 2.0))
+    both = pd.concat([trained, new.assign(prompt_id="test/1")])
+    assert evidence.reuse_gap(both) == 4 and evidence.reuse_gap(both, split="test") == 1
+
+
+def test_columns_of_the_heat_map_stand_in_the_order_of_the_runs():
+    targets = ("unrelated", "chosen")
+    parts = [table_of({"chosen": [0.0, 1.0], "unrelated": [0.0, 2.0]}).assign(target=t, n_train=4) for t in targets]
+    assert tuple(evidence.heat_map(pd.concat(parts))) == targets
+
+
 def test_generated_markup_is_shown_as_text():
     tokens = pd.DataFrame({"token": ["<script>alert(1)</script>", "&"], "change": [1.0, -1.0]})
     assert "<script>" not in display.tokens(tokens, "change", 4) and "&lt;script&gt;" in display.tokens(
