@@ -11,8 +11,9 @@ from lddyn import InputError
 from lddyn.__main__ import main
 from lddyn.chapters import claims
 from lddyn.chapters.dpo import run as dpo
+from lddyn.chapters.sft import run as sft
 from lddyn.data import images, preferences
-from lddyn.engine import cache, models, recipe, store
+from lddyn.engine import cache, models, store
 from lddyn.engine.probe_set import ProbeSet
 from lddyn.publish import notebooks
 
@@ -78,7 +79,7 @@ CALLS = {
     "a device that is none": (lambda t, m: models.load(str(m("gpt_neox")), device="gpu"), "unknown device 'gpu'"),
     "a precision that is none": (lambda t, m: models.load(str(m("gpt_neox")), dtype="fp8"), "unknown dtype 'fp8'"),
     "a size that is none": (lambda t, m: models.builtin("smal"), "did you mean 'small'?"),
-    "a scale that is none": (lambda t, m: recipe.settings("smok"), "did you mean 'smoke'?"),
+    "a scale that is none": (lambda t, m: sft.settings("smok", {}), "did you mean 'smoke'?"),
     "data that are not there": (lambda t, m: preferences.load(str(t / "no.jsonl"), "train"), "no.jsonl"),
     "a missing field": (
         lambda t, m: preferences.load(rows(t / "d.jsonl", {}, {"chosen": None}), "train"), "line 2: no field 'chosen'",

@@ -151,7 +151,7 @@ def test_every_parameter_has_a_type_a_comment_and_an_allowed_default(path):
 def test_every_figure_has_alt_text(path):
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and re.search(r"^figures\.(?!use_style)", source, re.M):
+        if cell["cell_type"] == "code" and re.search(r"^(figures|style)\.(?!use_style)", source, re.M):
             alt = cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
             assert len(alt) > 20, f"no alt text: {source[:60]}"
 

@@ -1,9 +1,13 @@
 """What the statistics of several chapters share: curves over steps, their changes, SignDelta, intervals."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr, t
 
+from lddyn import InputError
 from lddyn.data.responses import RESPONSE_TYPES
 
 BELLS = ("chosen_semantic", "chosen_format", "rejected", "rejected_semantic", "rejected_format")
@@ -70,6 +74,36 @@ def sign_delta(table: pd.DataFrame, target: str) -> pd.Series:
             delta = logp.diff() / np.sqrt(a_norm.shift()) / residual.shift()
             sums[kind] = delta.iloc[1:].ewm(alpha=0.1, adjust=False).mean().sum()
     return pd.Series(sums)
+
+
+def authors_log(path: Path | str, metric: str = "logp_sum") -> pd.DataFrame:
+    """The authors' `prob_train_metrics.json`, one JSON object an evaluation: a metric of each type, types as columns.
+
+    `logp_sum` (nats, mean over prompts) or `a_norm_mean`; some of their logs have the one for all types, some the
+    other. Raises `InputError` naming the file when it is not such a log.
+    """
+    try:
+        entries = pd.DataFrame([json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()])
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a log of the authors' training ({type(error).__name__}: {error})") from error
+    template = {"logp_sum": "logps_eval_prob_train/{}", "a_norm_mean": "{}_A_o"}[metric]
+    columns = {template.format(key): kind for kind, key in AUTHORS_KEYS.items()}
+    found = entries[[c for c in columns if c in entries]].rename(columns=columns)
+    if "logps_eval_prob_train/chosen" not in entries:
+        raise InputError(f"{path} is not a log of the authors' training (no logps_eval_prob_train/chosen)")
+    return found
+
+
+def compare_with_authors(table: pd.DataFrame, path: Path | str) -> tuple[pd.Series, pd.Series, str]:
+    """End change of every type that the authors' log has, here (mean over seeds) and there, and of which metric.
+
+    The metric is log pi where their log has it for several types, and ||A||_F where it has only that.
+    """
+    metric = "logp_sum" if authors_log(path).shape[1] > 1 else "a_norm_mean"
+    theirs = authors_log(path, metric)
+    kinds = [kind for kind in theirs if (table.response_type == kind).any()]
+    ours = pd.Series({kind: change(table, kind, metric=metric) for kind in kinds})
+    return ours, (theirs.iloc[-1] - theirs.iloc[0])[kinds], metric
 
 
 def mean_interval(values: pd.Series) -> tuple[float, float, float]:

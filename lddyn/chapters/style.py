@@ -4,6 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 from lddyn.chapters import statistics
 
@@ -23,6 +25,13 @@ STYLES = {
     "unrelated": (GREEN, "-"),
     "chosen_shuffled": (GREY, "-"),
     "test_shuffled": (GREY, "--"),
+}
+
+PANELS = {
+    "the answer and its rephrases": ("chosen", "chosen_semantic", "chosen_format", "chosen_initial"),
+    "the rejected answer": ("rejected", "rejected_semantic", "rejected_format"),
+    "answers to other questions": ("other_train", "other_test"),
+    "unrelated and shuffled text": ("unrelated", "chosen_shuffled", "test_shuffled"),
 }
 
 
@@ -69,3 +78,54 @@ def change_panel(ax, table: pd.DataFrame, kinds, title: str, per_epoch: float, s
     ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     ax.set_title(title)
     ax.legend(fontsize=7)
+
+
+# --- figures of chapters 3 and 5 -------------------------------------------------------------------------------
+
+
+def response_curves(table: pd.DataFrame, per_epoch: float, split: str = "train") -> Figure:
+    """Figures 3 and 4: change of log pi of all types of response since the start, nats summed over a response.
+
+    `per_epoch`: optimiser steps in an epoch.
+    """
+    fig, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True)
+    for ax, (title, kinds) in zip(axes.flat, PANELS.items(), strict=True):
+        change_panel(ax, table, kinds, title, per_epoch, split)
+    for ax in axes[1]:
+        ax.set_xlabel("epoch")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("change of log π (nats)")
+    return fig
+
+
+def peakiness_and_rest(table: pd.DataFrame, per_epoch: float) -> Figure:
+    """Figure 9: ||A||_F of some types, and log pi(y*) against the mass outside it, along chosen and rejected."""
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.1))
+    for kind in ("chosen", "rejected", "other_test", "unrelated"):
+        color, line = STYLES[kind]
+        steps, values = curves(table, kind, "a_norm_mean")
+        band(axes[0], steps / per_epoch, values, color, kind, linestyle=line)
+        for ax, metric in ((axes[1], "argmax_logp_sum"), (axes[2], "rest_logp_sum")):
+            steps, values = curves(table, kind, metric)
+            band(ax, steps / per_epoch, values, color, kind, linestyle=line)
+    titles = (r"peakiness $\|A\|_F$", "log π(y*) along the path", "log of the mass outside y*")
+    for ax, title, unit in zip(axes, titles, ("", "nats", "nats"), strict=True):
+        ax.set(xlabel="epoch", title=title, ylabel=unit)
+    axes[0].legend(fontsize=7)
+    return fig
+
+
+def agreement_with_authors(ours: pd.Series, theirs: pd.Series, metric: str) -> Figure:
+    """End change of every type here against that in the authors' released log."""
+    fig, ax = plt.subplots(figsize=(4.8, 3.8))
+    for kind in ours.index:
+        color, _ = STYLES[kind]
+        ax.scatter(theirs[kind], ours[kind], color=color, s=22)
+        ax.annotate(kind, (theirs[kind], ours[kind]), fontsize=7, xytext=(4, 2), textcoords="offset points")
+    ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    name = {"logp_sum": "log π (nats)", "a_norm_mean": "$\\|A\\|_F$"}[metric]
+    rank = spearmanr(ours, theirs).statistic
+    ax.set(xlabel=f"the authors' log: change of {name}", ylabel=f"this companion: change of {name}")
+    ax.set_title(f"same sign in {(ours * theirs > 0).sum()} of {len(ours)}, rank correlation {rank:.2f}")
+    return fig

@@ -182,7 +182,7 @@ def _together(chosen: Launch, rank: int) -> store.Run | None:
 
 
 def _announced(function: Callable, tell: Callable[[str], str]) -> Callable:
-    """The same function to `records`, but it first tells the other processes where it works."""
+    """The same function to `cache`, but it first tells the other processes where it works."""
 
     @functools.wraps(function)
     def announced(work: Path, settings: tune.Tune):

@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 
 from lddyn import InputError, unknown
 from lddyn.chapters import claims
-from lddyn.chapters.sft.figures import PANELS
-from lddyn.chapters.style import BLUE, ORANGE, band, change_panel, curves, use_style
+from lddyn.chapters.style import BLUE, ORANGE, PANELS, band, change_panel, curves, use_style
 from lddyn.engine import store
 
 CHAPTERS = {"sft": "03_sft", "dpo": "05_dpo"}

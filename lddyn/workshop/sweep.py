@@ -3,7 +3,7 @@
     settings: [smoke.yml]          # optional parameter files, as for `train`
     set: {method: sft, epochs: 4}  # what all runs share
     over: {lr: [1e-4, 1e-3], seed: [0, 1, 2]}
-    statistics: [chosen_rises]     # functions of lddyn.evidence; metrics below need none
+    statistics: [bell_rise]        # of the chapter that trains by this method; metrics below need none
 
 Runs are records: a second call computes what is missing. The table has one row for each run.
 """

@@ -12,7 +12,6 @@ from lddyn import InputError
 from lddyn.chapters import claims, statistics
 from lddyn.chapters.dpo import design, evidence
 from lddyn.chapters.dpo import run as dpo
-from lddyn.chapters.sft import evidence as sft_evidence
 from lddyn.data import preferences, responses
 from lddyn.engine import models, probes, recipe, store
 from lddyn.engine.probe_set import ProbeSet
@@ -255,7 +254,7 @@ def test_valley_regression_holds_the_rest_fixed():
 def test_log_of_the_authors_is_read_as_dpo():
     if not DPO_LOG.exists():
         pytest.skip("the authors' logs are not on this machine")
-    log = sft_evidence.authors_log(DPO_LOG)
+    log = statistics.authors_log(DPO_LOG)
     change = log.iloc[-1] - log.iloc[0]
     assert change.rejected < change.chosen_semantic < change.chosen
     assert change.drop("chosen").max() < 0

@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 
 def finetune(folder, **settings):
     (folder / "work").mkdir(parents=True)
-    return sft.finetune(folder / "work", **(SETTINGS | settings))
+    return sft.finetune(folder / "work", sft.Finetune(**SETTINGS | settings))
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "qwen2", "gpt2", "opt"])
@@ -59,11 +59,9 @@ def test_the_run_of_the_chapter_works_on_any_architecture(model_folder, data, tm
 
 
 def test_answers_to_other_training_questions_were_trained_on_and_test_answers_were_not(model_folder, data):
-
     lm, tokenizer = models.load(str(model_folder("gpt2")))
-    lengths = {"max_prompt": 24, "max_response": 16}
     sets = preferences.load(data, "train", limit=5), preferences.load(data, "test")
-    probed = recipe.probe_set(lm, tokenizer, *sets, n_probe=3, n_probe_test=2, seed=0, lengths=lengths)
+    probed = recipe.probe_set(lm, tokenizer, *sets, sft.Finetune(**SETTINGS, model="", data=data))
     trained = {f" Use the test for {i} groups." for i in range(5)}
     unseen = {f" Use the test for {i} groups." for i in range(8, 12)}
     assert set(probed.responses["other_train"]) <= trained and set(probed.responses["other_test"]) <= unseen
@@ -78,11 +76,10 @@ def test_unknown_target_is_one_line(model_folder, data, tmp_path):
 
 
 def test_the_small_runs_train_exactly_the_responses_that_they_probe():
-    chosen = recipe.settings("smoke", model="anything/on-the-hub")
-    runs, _ = sft.grid(chosen, [0], "sequence_sum", "cpu", "float32")
-    small = [run for run in runs if run["n_train"] == chosen["n_probe"]]
-    assert [run["target"] for run in small] == list(sft.HEAT_MAP_TARGETS)
-    assert all(run["n_probe"] == run["n_train"] and run["n_probe_test"] == 0 for run in small)
+    chosen = sft.settings("smoke", {"model": "anything/on-the-hub", "seeds": 1})
+    small = [run for run in sft.grid(chosen) if run.n_train == chosen.n_probe]
+    assert [run.target for run in small] == list(sft.HEAT_MAP_TARGETS)
+    assert all(run.n_probe == run.n_train and run.n_probe_test == 0 for run in small)
 
 
 def test_reuse_counts_runs_of_four_words_without_punctuation_and_case():
@@ -132,6 +129,18 @@ def test_main_run_is_told_from_the_small_ones_by_its_number_of_prompts():
     assert evidence.sft_chosen_change(both) == 5
 
 
+def test_the_gap_after_new_prompts_is_not_that_after_trained_ones():
+    trained, new = (table_of({"other_train": [0.0, rise], "other_test": [0.0, 1.0]}) for rise in (5.0, 2.0))
+    both = pd.concat([trained, new.assign(prompt_id="test/1")])
+    assert evidence.reuse_gap(both) == 4 and evidence.reuse_gap(both, split="test") == 1
+
+
+def test_columns_of_the_heat_map_stand_in_the_order_of_the_runs():
+    targets = ("unrelated", "chosen")
+    parts = [table_of({"chosen": [0.0, 1.0], "unrelated": [0.0, 2.0]}).assign(target=t, n_train=4) for t in targets]
+    assert tuple(evidence.heat_map(pd.concat(parts))) == targets
+
+
 def test_generated_markup_is_shown_as_text():
     tokens = pd.DataFrame({"token": ["<script>alert(1)</script>", "&"], "change": [1.0, -1.0]})
     assert "<script>" not in display.tokens(tokens, "change", 4) and "&lt;script&gt;" in display.tokens(
@@ -143,12 +152,12 @@ def test_generated_markup_is_shown_as_text():
 def test_a_file_that_is_not_the_authors_log_is_named(tmp_path):
     (tmp_path / "log.json").write_text('{"loss": 1}\n')
     with pytest.raises(InputError, match=r"log\.json is not a log"):
-        evidence.authors_log(tmp_path / "log.json")
+        statistics.authors_log(tmp_path / "log.json")
 
 
 @pytest.mark.skipif(not AUTHORS.exists(), reason="needs the authors' released log")
 def test_authors_log_of_sft_has_the_values_that_they_report():
-    log = evidence.authors_log(AUTHORS / "prob_train_metrics.json")
+    log = statistics.authors_log(AUTHORS / "prob_train_metrics.json")
     assert log.chosen.iloc[0] == pytest.approx(-151.98, abs=0.01) and log.chosen.iloc[-1] > -100
-    a_norm = evidence.authors_log(AUTHORS / "prob_train_metrics.json", "a_norm_mean")
+    a_norm = statistics.authors_log(AUTHORS / "prob_train_metrics.json", "a_norm_mean")
     assert {"chosen_initial", "other_train", "test_shuffled"} < set(a_norm) and (a_norm.iloc[-1] > a_norm.iloc[0]).all()

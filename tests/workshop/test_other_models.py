@@ -90,7 +90,7 @@ def test_a_report_needs_a_record_and_a_method(trained, tmp_path, capsys):
     assert __main__.main(["report", str(tmp_path / "nothing")]) == 1
     assert "unreadable record" in capsys.readouterr().err
     manifest = json.loads((trained[0] / "manifest.json").read_text())
-    manifest |= {"function": "lddyn.training:ProbeCallback", "parameters": {"seed": 0}}
+    manifest |= {"function": "lddyn.engine.training:ProbeCallback", "parameters": {"seed": 0}}
     (trained[0] / "manifest.json").write_text(json.dumps(manifest))
     assert __main__.main(["report", str(trained[0])]) == 2
     assert "add --method sft or --method dpo" in capsys.readouterr().err

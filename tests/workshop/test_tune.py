@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from lddyn import __main__
 from lddyn.chapters.dpo import run as dpo
 from lddyn.chapters.sft import run as sft
 from lddyn.engine import models, store
+from lddyn.engine.settings import derive
 from lddyn.workshop import estimate, launch, tune
 
 KEYS = ["step", "examples", "prompt_id", "response_type", "metric"]
@@ -36,23 +38,19 @@ def same(one, other, tolerance=0.0):
 
 @pytest.mark.filterwarnings("ignore::lddyn.Caution")
 def test_it_is_the_training_of_chapter_3(small, tmp_path):
-    parameters, _ = launch.job(launch.settings((), small | {"method": "sft"}))
-    mine = tune.tune(tmp_path / "mine" / "work", **parameters)
-    names = ("seed", "model", "data", "n_train", "n_probe", "n_probe_test", "epochs", "evaluations", "batch_size", "lr")
-    names += ("loss", "optimizer", "warmup", "clip", "max_prompt", "max_response", "device", "dtype")
-    given = {name: parameters[name] for name in names} | {"target": "chosen", "generate": 0}
-    same(mine, sft.finetune(tmp_path / "theirs" / "work", **given))
+    s, _ = launch.job(launch.settings((), small | {"method": "sft"}))
+    mine = tune.tune(tmp_path / "mine" / "work", s)
+    theirs = derive(sft.Finetune, s, target="chosen", generate=0)
+    same(mine, sft.finetune(tmp_path / "theirs" / "work", theirs))
 
 
 @pytest.mark.filterwarnings("ignore::lddyn.Caution")
 def test_it_is_the_training_of_chapter_5(small, tmp_path):
-    parameters, _ = launch.job(launch.settings((), small | {"method": "dpo"}))
-    mine = tune.tune(tmp_path / "mine" / "work", **parameters)
-    names = ("seed", "model", "data", "n_train", "n_probe", "n_probe_test", "epochs", "evaluations", "batch_size", "lr")
-    names += ("beta", "loss", "optimizer", "warmup", "clip", "max_prompt", "max_response", "device", "dtype")
-    given = {name: parameters[name] for name in names}
-    given |= {"stage": "", "sft_epochs": 0, "pairs": "as_written", "measure": "all", "generate": 0, "account": 0}
-    same(mine, dpo.align(tmp_path / "theirs" / "work", **given))
+    s, _ = launch.job(launch.settings((), small | {"method": "dpo"}))
+    mine = tune.tune(tmp_path / "mine" / "work", s)
+    from_the_model = {"stage": "", "sft_epochs": 0, "generate": 0, "account": 0}
+    theirs = derive(dpo.Align, s, **from_the_model, pairs="as_written", measure="all")
+    same(mine, dpo.align(tmp_path / "theirs" / "work", theirs))
 
 
 SHARDED = (str(Path(__file__).with_name("sharded.py")),)
@@ -148,15 +146,15 @@ def test_text_in_yaml_becomes_a_number_and_later_files_win(tmp_path):
     two.write_text("epochs: 4\n")
     assert isinstance(yaml.safe_load(one.read_text())["lr"], str), "what YAML makes of 5e-7"
     chosen = launch.settings([str(one), str(two)], {"seed": "3"})
-    assert (chosen["lr"], chosen["epochs"], chosen["seed"]) == (5e-7, 4.0, 3)
+    assert (chosen.lr, chosen.epochs, chosen.seed) == (5e-7, 4.0, 3)
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in launch.FILES.glob("*.yml") if p.stem != "architectures"))
 def test_every_file_of_settings_is_valid_and_its_model_is_known(name):
     chosen = launch.settings(["pythia-410m", name] if name in ("bf16", "lora") else [name], {"method": "dpo"})
-    assert chosen["model"] in estimate.known()
+    assert chosen.model in estimate.known()
     if name not in ("bf16", "lora"):
-        assert (chosen["lr"], chosen["optimizer"], chosen["batch_size"], chosen["warmup"]) == (5e-7, "rmsprop", 4, 150)
+        assert (chosen.lr, chosen.optimizer, chosen.batch_size, chosen.warmup) == (5e-7, "rmsprop", 4, 150)
 
 
 @pytest.mark.parametrize(
@@ -214,8 +212,5 @@ def test_errors_of_all_processes_are_told_once(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_parameters_of_train_are_those_of_its_function():
-    import inspect
-
-    takes = set(inspect.signature(tune.tune).parameters) - {"work"}
-    assert takes == set(launch.PARAMETERS) - set(launch.NOT_FOR_RUNS)
+def test_every_parameter_of_train_reaches_its_function():
+    assert {f.name for f in fields(launch.Launch)} == set(launch.PARAMETERS)

@@ -1,13 +1,9 @@
 """Chapter 3: SFT."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
-from lddyn import InputError
-from lddyn.chapters.statistics import AUTHORS_KEYS, BELLS, change, curve, fall, order, rise, sign_delta
+from lddyn.chapters.statistics import BELLS, change, curve, fall, order, rise, sign_delta
 
 
 def sft_chosen_order(table: pd.DataFrame) -> float:
@@ -30,11 +26,6 @@ def bell_fall(table: pd.DataFrame) -> float:
     return min(fall(table, kind) for kind in BELLS)
 
 
-def initial_rise(table: pd.DataFrame) -> float:
-    """Rise of the initial sample from the start to its peak, nats."""
-    return rise(table, "chosen_initial")
-
-
 def other_train_peak(table: pd.DataFrame) -> float:
     """When log pi of answers to other training questions peaks, as a share of the steps."""
     values = curve(table, "other_train")
@@ -46,14 +37,12 @@ def other_train_over_other_test(table: pd.DataFrame) -> float:
     return rise(table, "other_train") - rise(table, "other_test")
 
 
-def reuse_gap(table: pd.DataFrame) -> float:
-    """End change of answers to other training questions minus that of unseen answers, nats."""
-    return change(table, "other_train") - change(table, "other_test")
+def reuse_gap(table: pd.DataFrame, split: str = "train") -> float:
+    """End change of answers to other training questions minus that of unseen answers, nats.
 
-
-def reuse_gap_unseen_prompts(table: pd.DataFrame) -> float:
-    """The same gap after prompts that were never trained on."""
-    return change(table, "other_train", split="test") - change(table, "other_test", split="test")
+    After the prompts of one `split`, trained on (`train`) or not (`test`).
+    """
+    return change(table, "other_train", split=split) - change(table, "other_test", split=split)
 
 
 def generated_reuse(table: pd.DataFrame) -> float:
@@ -89,9 +78,6 @@ def format_minus_semantic(table: pd.DataFrame) -> float:
     return change(table, "chosen_format") - change(table, "chosen_semantic")
 
 
-HEAT_MAP = ("chosen", "rejected", "chosen_semantic", "rejected_semantic", "unrelated", "test_shuffled")
-
-
 def heat_map(table: pd.DataFrame) -> pd.DataFrame:
     """The last panel of figure 3: SignDelta of every observed type (rows) for every trained type (columns).
 
@@ -99,10 +85,15 @@ def heat_map(table: pd.DataFrame) -> pd.DataFrame:
     """
     used = ("logp_sum", "a_norm_mean", "residual_norm_mean")
     small = table[(table.n_train == table.n_train.min()) & table.metric.isin(used)]
-    parts = dict(list(small.groupby("target")))
-    columns = {target: sign_delta(parts[target], target) for target in HEAT_MAP if target in parts}
-    whole = pd.DataFrame(columns)
+    whole = pd.DataFrame({target: sign_delta(part, target) for target, part in small.groupby("target", sort=False)})
     return whole / (whole.max() - whole.min())
+
+
+def answers_to_new_prompts(answers: pd.DataFrame, count: int = 4) -> pd.DataFrame:
+    """The first greedy answers after finetuning to questions that were never trained on (`run.read_answers`)."""
+    after = answers[(answers.step > 0) & answers.prompt_id.str.startswith("test/")].head(count)
+    questions = after.prompt.str.removesuffix("\nAnswer:")
+    return pd.DataFrame({"new prompt": questions, "greedy answer after finetuning": after.text})
 
 
 def fingerprint(table: pd.DataFrame) -> float:
@@ -128,36 +119,6 @@ def shuffled_raises_others(table: pd.DataFrame) -> float:
     """Number of other types with a positive SignDelta when shuffled words are trained."""
     column = heat_map(table)["test_shuffled"].drop("test_shuffled")
     return float((column > 0).sum())
-
-
-def authors_log(path: Path | str, metric: str = "logp_sum") -> pd.DataFrame:
-    """The authors' `prob_train_metrics.json`, one JSON object an evaluation: a metric of each type, types as columns.
-
-    `logp_sum` (nats, mean over prompts) or `a_norm_mean`; some of their logs have the one for all types, some the
-    other. Raises `InputError` naming the file when it is not such a log.
-    """
-    try:
-        entries = pd.DataFrame([json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()])
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a log of the authors' training ({type(error).__name__}: {error})") from error
-    template = {"logp_sum": "logps_eval_prob_train/{}", "a_norm_mean": "{}_A_o"}[metric]
-    columns = {template.format(key): kind for kind, key in AUTHORS_KEYS.items()}
-    found = entries[[c for c in columns if c in entries]].rename(columns=columns)
-    if "logps_eval_prob_train/chosen" not in entries:
-        raise InputError(f"{path} is not a log of the authors' training (no logps_eval_prob_train/chosen)")
-    return found
-
-
-def compare_with_authors(table: pd.DataFrame, path: Path | str) -> tuple[pd.Series, pd.Series, str]:
-    """End change of every type that the authors' log has, here (mean over seeds) and there, and of which metric.
-
-    The metric is log pi where their log has it for several types, and ||A||_F where it has only that.
-    """
-    metric = "logp_sum" if authors_log(path).shape[1] > 1 else "a_norm_mean"
-    theirs = authors_log(path, metric)
-    kinds = [kind for kind in theirs if (table.response_type == kind).any()]
-    ours = pd.Series({kind: change(table, kind, metric=metric) for kind in kinds})
-    return ours, (theirs.iloc[-1] - theirs.iloc[0])[kinds], metric
 
 
 """Sweeps: what holds in all cells of a recorded table. One seed's rows; columns are statistics of single runs."""

@@ -77,10 +77,10 @@ def settings(scale: str, given: Mapping[str, object]) -> Chapter:
 
 def grid(c: Chapter) -> list[Finetune]:
     """The runs of chapter 3: SFT on all prompts, and on the probed ones for each target of the heat map."""
-    seeds = range(c.first_seed, c.first_seed + c.seeds)
     whole = derive(Finetune, c, seed=c.first_seed, model=recipe.base_model(c), target="chosen")
-    few = {"n_train": c.n_probe, "n_probe_test": 0, "generate": 0, "epochs": c.map_epochs}
-    small = replace(whole, evaluations=c.map_evaluations, **few)
+    small = replace(whole, n_train=c.n_probe, n_probe_test=0, generate=0)
+    small = replace(small, epochs=c.map_epochs, evaluations=c.map_evaluations)
+    seeds = range(c.first_seed, c.first_seed + c.seeds)
     runs = [replace(whole, seed=seed) for seed in seeds]
     return runs + [replace(small, seed=seed, target=target) for seed in seeds for target in HEAT_MAP_TARGETS]
 
