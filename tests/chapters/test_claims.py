@@ -104,7 +104,8 @@ def test_a_claim_may_be_judged_by_a_recorded_sweep(monkeypatch):
 
 def test_a_part_may_be_measured_in_another_chapter_and_the_scorecard_joins_them(monkeypatch):
     two = {"id": 1, "claim": "c", "source": "s", "paper": "p", "chapter": "01_mnist"}
-    two["parts"] = [part("< 1"), part("> 1") | {"chapter": "02_decomposition", "statistic": "lm_lbk_share"}]
+    elsewhere = {"chapter": "02_decomposition", "statistic": "largest", "arguments": {"metric": "lbk_share"}}
+    two["parts"] = [part("< 1"), part("> 1") | elsewhere]
     monkeypatch.setattr(claims, "ledger", lambda: [two])
     one = {"scale": "smoke", "runs": runs_with([0.1, 0.1, 0.1])}
     other = one | {"runs": [r._replace(table=r.table.assign(metric="lbk_share")) for r in one["runs"]]}

@@ -1,9 +1,12 @@
+from dataclasses import asdict
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from lddyn import InputError
+from lddyn.chapters import claims
 from lddyn.chapters.decomposition import evidence
 from lddyn.chapters.decomposition import run as decomposition
 from lddyn.data import preferences
@@ -13,6 +16,7 @@ from lddyn.engine.training import Training, sft_rows, train
 from lddyn.theory import first_order, kernels
 
 torch.set_num_threads(1)
+CHAPTER = "02_decomposition"
 LENGTHS = {"max_prompt": 12, "max_response": 8}
 
 
@@ -25,18 +29,20 @@ def lm(model_folder):
 def encoded(lm):
     examples = decomposition.drawn("builtin", 6, 0)
     test_set = preferences.load("builtin", "test")
-    return recipe.probe_set(*lm, examples, test_set, 2, 0, 0, LENGTHS).encode(lm[1], **LENGTHS)
+    (s, *_) = decomposition.grid(decomposition.settings("smoke", LENGTHS))
+    return recipe.probe_set(*lm, examples, test_set, s).encode(lm[1], **LENGTHS)
 
 
 @pytest.fixture(scope="module")
 def followed(model_folder, tmp_path_factory):
     """The table of a tiny SFT run, the DPO run after it and one with LoRA, as the chapter reads them."""
-    chosen = decomposition.settings("smoke", n_train=8, lr=2e-4, model=str(model_folder("gpt_neox")), **LENGTHS)
-    (main, *variants), files = decomposition.grid(chosen, [0], "cpu", "float32")
-    root = tmp_path_factory.mktemp("runs")
+    given = {"seeds": 1, "lr": 2e-4, "model": str(model_folder("gpt_neox")), **LENGTHS}
+    settings = decomposition.settings("smoke", given)
+    main, *variants = decomposition.grid(settings)
+    files, root = recipe.files(settings), tmp_path_factory.mktemp("runs")
     runs = [cache.run(decomposition.follow, main, files, root=root)]
-    (after,) = decomposition.dpo_grid(chosen, runs[0])
-    runs += [cache.run(decomposition.follow, p, files, root=root) for p in (after, variants[-1])]
+    (after,) = decomposition.dpo_grid(settings, runs[0])
+    runs += [cache.run(decomposition.follow, s, files, root=root) for s in (after, variants[-1])]
     return store.frame(runs)
 
 
@@ -52,17 +58,17 @@ def test_sum_of_one_step_predictions_is_the_change_of_the_run(followed):
 
 
 def test_closed_form_of_g_and_bounds_hold_on_a_run(followed):
-    assert evidence.lm_residual_error(followed) < 1e-4
-    assert 0 < evidence.lm_lbk_share(followed) <= 1
-    assert evidence.lm_peakiness_error(followed) < 1e-5
-    assert evidence.lm_first_order_slope(followed) == pytest.approx(2, abs=0.1)
+    assert evidence.largest(followed, "g_error") < 1e-4
+    assert 0 < evidence.largest(followed, "lbk_share") <= 1
+    assert evidence.largest(followed, "peakiness_error") < 1e-5
+    assert evidence.first_order_slope(followed) == pytest.approx(2, abs=0.1)
 
 
 def test_every_statistic_of_the_chapter_is_a_finite_number(followed):
-    names = [name for name in vars(evidence) if name.startswith("lm_")]
-    assert len(names) > 10
-    for name in names:
-        assert np.isfinite(getattr(evidence, name)(followed)), name
+    parts = [part for claim in claims.of_chapter(CHAPTER) for part in claims.parts(claim) if part["chapter"] == CHAPTER]
+    assert len(parts) > 10
+    for part in parts:
+        assert np.isfinite(claims.judge(part, [followed])["ours"]), part["says"]
 
 
 def test_influence_of_single_sft_steps_is_symmetric(followed):
@@ -95,14 +101,8 @@ def test_watching_changes_nothing_in_the_training(lm, tmp_path):
         model = models.snapshot(lm[0]).requires_grad_()
         callback = decomposition.Watch(probed, [0, 2], 1, 2, look, **LENGTHS)
         rows = sft_rows(lm[1], prompts, chosen, **LENGTHS)
-        train(
-            tmp_path / str(len(weights)),
-            model,
-            lm[1],
-            rows,
-            callback,
-            Training(seed=0, lr=1e-3, epochs=1, batch_size=2),
-        )
+        how = Training(seed=0, lr=1e-3, epochs=1, batch_size=2)
+        train(tmp_path / str(len(weights)), model, lm[1], rows, callback, how)
         weights.append(first_order.parameters(model))
         assert {"predicted_1", "measured_1", "predicted_all", "logp_sum"} <= set(callback.table().metric)
     assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
@@ -122,7 +122,11 @@ def test_share_explained_is_one_for_a_right_and_zero_for_no_prediction():
 
 
 def test_only_main_runs_are_followed_by_dpo_and_unknown_names_are_clear(tmp_path):
-    manifest = {"parameters": {"whole": False}}
-    assert decomposition.dpo_grid(decomposition.settings("smoke"), store.Run(tmp_path, None, manifest)) == []
+    settings = decomposition.settings("smoke", {})
+    after = [
+        decomposition.dpo_grid(settings, store.Run(tmp_path, None, {"parameters": asdict(s)}))
+        for s in decomposition.grid(settings)
+    ]
+    assert [len(runs) for runs in after] == [1] * settings.seeds + [0] * 3 * settings.seeds
     with pytest.raises(InputError, match="scale"):
-        decomposition.settings("huge")
+        decomposition.settings("huge", {})

@@ -17,11 +17,6 @@ def followed(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return parts | dict(list(table[~table.whole].groupby("variant", sort=False)))
 
 
-def variants_of(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The variants among `followed`."""
-    return {name: rows for name, rows in followed(table).items() if name not in MAIN.values()}
-
-
 def by_type(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Mean over prompts of a metric at each evaluation: steps x response types, in the order of the types."""
     mean = rows[rows.metric == metric].groupby(["step", "response_type"], observed=True).value.mean().unstack()
@@ -55,7 +50,7 @@ def step_errors(single: pd.DataFrame) -> pd.DataFrame:
     return squares.groupby(keys)[["error", "change"]].sum().pow(0.5).reset_index()
 
 
-def lm_first_order_slope(table: pd.DataFrame) -> float:
+def first_order_slope(table: pd.DataFrame) -> float:
     """Median over single steps of SFT and DPO of the log-log slope of the error against eta, 5e-8 to 5e-5."""
     slopes = []
     for name in MAIN.values():
@@ -64,6 +59,22 @@ def lm_first_order_slope(table: pd.DataFrame) -> float:
         for _, one in small.groupby(["step", "update"]):
             slopes.append(np.polyfit(np.log10(one.eta), np.log10(one.error), 1)[0])
     return float(np.median(slopes))
+
+
+def slope_sentence(table: pd.DataFrame) -> str:
+    """The order of the error, and its share of the change (median over single steps) at three learning rates."""
+    errors = {name: step_errors(single_steps(followed(table)[name])) for name in MAIN.values()}
+    relative = pd.DataFrame({name: (e.error / e.change).groupby(e.eta).median() for name, e in errors.items()})
+    papers, chapter_3, tenfold = (relative.loc[eta] for eta in (5e-7, 5e-4, 5e-3))
+    return (
+        f"The error has slope {first_order_slope(table):.3f} in the learning rate: proposition 1 holds for whole "
+        "answers. As a share of the change, the error of one step on one example is "
+        f"{papers.SFT:.1e} (SFT) and {papers.DPO:.1e} (DPO) at the paper's learning rate, "
+        f"{chapter_3.SFT:.1%} and {chapter_3.DPO:.2%} at that of chapter 3, and "
+        f"{tenfold.SFT:.0%} and {tenfold.DPO:.1%} ten times above it, where for SFT first "
+        "order begins to fail. DPO stays linear longer because its force, beta (1 - a), is at "
+        "most a tenth of SFT's."
+    )
 
 
 def predictions(rows: pd.DataFrame, over: str = "1") -> pd.DataFrame:
@@ -105,25 +116,44 @@ def step_explained(rows: pd.DataFrame, over: str = "1") -> float:
     return explained(each.predicted.to_numpy(), each.measured.to_numpy())
 
 
+def shares_explained(table: pd.DataFrame) -> pd.DataFrame:
+    """Of each kind of run its learning rate, steps, and `step_explained` of one step, a block and the whole run."""
+    found = {}
+    for name, rows in followed(table).items():
+        spans = {"1": "one step", block_length(rows): f"{block_length(rows)} steps", "all": "the whole run"}
+        size = {"learning rate": rows.lr.iloc[0], "steps": rows.step.max()}
+        found[name] = size | {label: step_explained(rows, over) for over, label in spans.items()}
+    return pd.DataFrame(found).T
+
+
+def explained_sentence(table: pd.DataFrame) -> str:
+    """How much of SFT and DPO the sum of one-step predictions explains, and one prediction for the whole run."""
+    runs = [followed(table)[name] for name in MAIN.values()]
+    sft, dpo = (run_explained(rows) for rows in runs)
+    sft_at_once, dpo_at_once = (step_explained(rows, "all") for rows in runs)
+    return (
+        f"Summed over all steps, one-step predictions explain {sft:.2%} of the change of "
+        f"SFT and {dpo:.2%} of that of DPO (share of the squared change over all "
+        "responses). One single prediction for the whole run, made at its start, explains "
+        f"{sft_at_once:.0%} and {dpo_at_once:.0%}: "
+        "the direction is mostly right, but A, K and G have moved."
+    )
+
+
 # --- identities --------------------------------------------------------------------------------------------
 
 
-def lm_residual_error(table: pd.DataFrame) -> float:
-    """Largest relative difference between J^T G with the closed form of G and the gradient by autograd."""
-    return float(table[table.metric == "g_error"].value.max())
+def largest(table: pd.DataFrame, metric: str) -> float:
+    """Largest value of a metric that an identity bounds.
+
+    `g_error`: relative difference between J^T G with the closed form of G and the gradient by autograd;
+    `peakiness_error`: between the explicit ||A||_F^2 and V - 2 + V ||pi||^2; `lbk_share`: LBK / ||K||_F^2 between two
+    tokens, with the explicit K.
+    """
+    return float(table[table.metric == metric].value.max())
 
 
-def lm_peakiness_error(table: pd.DataFrame) -> float:
-    """Largest relative difference between the explicit ||A||_F^2 and V - 2 + V ||pi||^2."""
-    return float(table[table.metric == "peakiness_error"].value.max())
-
-
-def lm_lbk_share(table: pd.DataFrame) -> float:
-    """Largest LBK / ||K||_F^2 between two tokens, with the explicit K; at most 1."""
-    return float(table[table.metric == "lbk_share"].value.max())
-
-
-def lm_g_energy_left(table: pd.DataFrame) -> float:
+def g_energy_left(table: pd.DataFrame) -> float:
     """||G|| of DPO at the end over that at the start, mean over the probed pairs."""
     rows = followed(table)["DPO"]
     energy = rows[rows.metric == "g_norm"].groupby("step").value.mean()
@@ -195,30 +225,59 @@ def _settled(wide: pd.DataFrame) -> pd.Series:
     return settled if settled.sum() > 1 else np.ones(len(wide), dtype=bool)
 
 
-def kernel_rank_stability(rows: pd.DataFrame) -> float:
+def late_stability(rows: pd.DataFrame) -> float:
     """Rank correlation of ||K_uo|| over types with its final order, mean over the evaluations after the first tenth."""
     wide = by_type(rows, "kernel_norm")
     return float(stability(wide)[_settled(wide)].iloc[:-1].mean())
 
 
-def lm_kernel_rank_stability(table: pd.DataFrame) -> float:
-    """`kernel_rank_stability`, the smaller of SFT's and DPO's."""
-    return min(kernel_rank_stability(followed(table)[name]) for name in MAIN.values())
+def kernel_rank_stability(table: pd.DataFrame, variants: bool = False) -> float:
+    """`late_stability`, the smaller of SFT's and DPO's, or the smallest of the variants'."""
+    parts = followed(table)
+    return min(late_stability(rows) for name, rows in parts.items() if (name in MAIN.values()) != variants)
 
 
-def lm_kernel_rank_stability_variants(table: pd.DataFrame) -> float:
-    """`kernel_rank_stability`, the smallest of the variants': other optimisers, and LoRA."""
-    return min(kernel_rank_stability(rows) for rows in variants_of(table).values())
-
-
-def lm_kernel_norm_change(table: pd.DataFrame) -> float:
+def kernel_norm_change(table: pd.DataFrame) -> float:
     """Doublings between the smallest and the largest mean ||K|| of SFT after the first tenth."""
     wide = by_type(followed(table)["SFT"], "kernel_norm")
     mean = wide.mean(axis=1)[_settled(wide)]
     return float(np.log2(mean.max() / mean.min()))
 
 
-def lm_kernel_explains_change(table: pd.DataFrame) -> float:
+def stability_sentence(table: pd.DataFrame) -> str:
+    """`late_stability` of every kind of run, and how far the norm moves in SFT."""
+    late = ", ".join(f"{name} {late_stability(rows):.2f}" for name, rows in followed(table).items())
+    return (
+        f"Rank correlation of the order with its last, after the first tenth of training: {late}. The mean norm "
+        f"itself moves by {kernel_norm_change(table):.2f} doublings after the first tenth "
+        "of SFT. LoRA's kernel is another one: that of its adapters only, and it grows with them."
+    )
+
+
+def stand_in_sentence(table: pd.DataFrame, f=None) -> str:
+    """How well LBK and SignDelta order the responses, and with `f` (`kernels.Factors`) how loose the bound is."""
+    sft, dpo = (agreement_with_kernel(followed(table)[name]) for name in MAIN.values())
+    looseness = ""
+    if f is not None:
+        kg = f.k @ f.g
+        looseness = (
+            f"As a *bound* it is loose: between two single tokens at most {largest(table, 'lbk_share'):.0e} of the "
+            "squared norm of the exact K (eq. 26 allows 1). In the example above, A has norm "
+            f"{f.a.norm():.0f} but lengthens K G only {(f.a @ kg).norm() / kg.norm():.1f} times, and K "
+            f"has norm {f.k.norm():.0f} but lengthens G only {kg.norm() / f.g.norm():.0f} times: the "
+            "residual does not lie in the large directions of K. "
+        )
+    return (
+        f"LBK as printed and K order the responses with rank correlation {sft['LBK, eq. 26']:.2f} "
+        f"in SFT and {dpo['LBK, eq. 26']:.2f} in DPO. {looseness}The released LBK, a difference "
+        f"over many steps on all answers, has {sft['LBK, released']:.2f} and {dpo['LBK, released']:.2f}. "
+        f"SignDelta as printed has {sft['SignDelta, printed']:.2f} and {dpo['SignDelta, printed']:.2f}: a mean over "
+        "the vocabulary is dominated by the thousands of tokens that nobody wrote, and says "
+        "little about the response itself."
+    )
+
+
+def kernel_explains_change(table: pd.DataFrame) -> float:
     """Rank correlation over types but chosen of accumulated ||K|| with the end change of log pi a token in SFT."""
     rows = followed(table)["SFT"]
     wide = by_type(rows, "kernel_norm").drop(columns="chosen")
@@ -240,19 +299,19 @@ def step_heat(rows: pd.DataFrame, metric: str = "heat", evaluation: int = 0) -> 
     return wide.rename(columns=lambda name: name.removeprefix(f"{metric}_")).loc[kinds, kinds]
 
 
-def lm_step_diagonal(table: pd.DataFrame) -> float:
+def step_diagonal(table: pd.DataFrame) -> float:
     """Share of types that gain most themselves by a step on them, of both evaluations."""
     maps = [step_heat(followed(table)["SFT"], evaluation=n) for n in (0, -1)]
     return float(np.mean([heat[kind].idxmax() == kind for heat in maps for kind in heat]))
 
 
-def lm_shuffled_raises_others(table: pd.DataFrame) -> float:
+def shuffled_raises_others(table: pd.DataFrame) -> float:
     """Number of other types that a step on shuffled words of an unseen answer raises, mean of both evaluations."""
     maps = [step_heat(followed(table)["SFT"], evaluation=n)["test_shuffled"] for n in (0, -1)]
     return float(np.mean([(column.drop("test_shuffled") > 0).sum() for column in maps]))
 
 
-def lm_fingerprint(table: pd.DataFrame) -> float:
+def fingerprint(table: pd.DataFrame) -> float:
     """A step on one answer's meaning-keeping rephrase: rise of the other answer's rephrase minus that of the other
     answer, as a share of the rise of what is trained; mean of both answers and evaluations."""
     found = []
@@ -264,7 +323,7 @@ def lm_fingerprint(table: pd.DataFrame) -> float:
     return float(np.mean(found))
 
 
-def lm_partner_symmetry(table: pd.DataFrame) -> float:
+def partner_symmetry(table: pd.DataFrame) -> float:
     """Rank correlation between 'rank of o among the partners of u' and 'rank of u among those of o', by ||K||."""
     sizes = step_heat(followed(table)["SFT"], "kernel").to_numpy()
     sizes = (sizes + sizes.T) / 2  # both are estimates of one number: K_uo is the transpose of K_ou
@@ -272,6 +331,23 @@ def lm_partner_symmetry(table: pd.DataFrame) -> float:
     ranks = np.apply_along_axis(lambda column: rankdata(column, nan_policy="omit"), 0, sizes)
     off = ~np.eye(len(sizes), dtype=bool)
     return float(spearmanr(ranks[off], ranks.T[off]).statistic)
+
+
+def resemblance_sentence(table: pd.DataFrame) -> str:
+    """What a step on the chosen answer raises most before training, and what steps on shuffles and rephrases do."""
+    each = [step_heat(rows) for _, rows in followed(table)["SFT"].groupby("seed")]
+    heat = sum(each) / len(each)
+    rises = heat["chosen"].drop("chosen").sort_values(ascending=False) / heat.loc["chosen", "chosen"]
+    first_three = ", ".join(f"`{kind}` ({value:+.0%})" for kind, value in rises.head(3).items())
+    return (
+        f"Before training, a step on the chosen answer raises {first_three} most, as shares of its own "
+        f"rise. On average {shuffled_raises_others(table):.1f} of the eleven other kinds rise "
+        "with a step on shuffled words. In figure 3 of the paper, summed over a run, only "
+        "shuffled words themselves rise. A fingerprint: a step on a rephrase of one "
+        f"answer raises the rephrase of the *other* answer by {fingerprint(table):+.1%} of its "
+        "own rise more than it raises that other answer. Both rephrases here come from the same "
+        "writers as the originals, so this is what similar wording does, not a foreign style."
+    )
 
 
 # --- which factor makes the bells --------------------------------------------------------------------------
@@ -299,6 +375,23 @@ def bell_turns(rows: pd.DataFrame) -> pd.Series:
     return pd.Series(found)
 
 
+def frozen_sentence(table: pd.DataFrame) -> str:
+    """How much more slowly the trained answers rise at the end of SFT, and `bell_turns`, with each factor frozen."""
+    rows = followed(table)["SFT"]
+    turns = pd.DataFrame({seed: bell_turns(one) for seed, one in rows.groupby("seed")}).mean(axis=1)
+    own = {name: wide["chosen"] for name, wide in rates(rows).items()}
+    slower = {name: 1 - rate.iloc[-1] / rate.iloc[0] for name, rate in own.items()}
+    return (
+        f"At the end of SFT the trained answers rise {slower['A K G']:.0%} more slowly than at the "
+        f"start. With A of the start it would be {slower['A at the start']:.0%}, with K of the start "
+        f"{slower['K at the start']:.0%}, with G of the start {slower['G at the start']:.0%}. For "
+        "the rejected answer and the rephrases, the kinds that make bells in chapter 3, the mean rate in "
+        f"the second half is {turns['A K G']:.0%} of that at the start; {turns['A at the start']:.0%} "
+        f"with A, {turns['K at the start']:.0%} with K and {turns['G at the start']:.0%} with G of the "
+        "start. If the shrinking residual alone made the bell, G of the start would keep them rising."
+    )
+
+
 # --- SignDelta of DPO --------------------------------------------------------------------------------------
 
 
@@ -307,26 +400,43 @@ def printed_sign_delta(rows: pd.DataFrame) -> pd.Series:
     return by_type(rows, "sign_delta").mean()
 
 
-def lm_sign_delta_chosen(table: pd.DataFrame) -> float:
-    """SignDelta as printed of chosen under DPO, over the largest of any type in size; mean of evaluations."""
+def sign_delta_share(table: pd.DataFrame, others: bool = False) -> float:
+    """SignDelta as printed of chosen, or the largest of the `others`, under DPO, over that of any type in size."""
     values = printed_sign_delta(followed(table)["DPO"])
-    return float(values["chosen"] / values.abs().max())
+    return float((values.drop("chosen").max() if others else values["chosen"]) / values.abs().max())
 
 
-def lm_sign_delta_others(table: pd.DataFrame) -> float:
-    """Largest SignDelta as printed of any other type under DPO, over the largest of any type in size."""
-    values = printed_sign_delta(followed(table)["DPO"])
-    return float(values.drop("chosen").max() / values.abs().max())
+# --- entangled gradients -----------------------------------------------------------------------------------
+
+
+def entanglement(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What one step of DPO does to the chosen answer, per unit of eta and force, and the cosine of the two gradients.
+
+    products: (pairs, 3) of `kernels.gradient_products`. Returns two arrays (pairs,); above zero the answer rises.
+    """
+    return products[:, 1] - products[:, 0], products[:, 0] / np.sqrt(products[:, 1] * products[:, 2])
+
+
+def entanglement_sentence(products: np.ndarray, ches: np.ndarray) -> str:
+    """On how many pairs a step lowers the chosen answer, and whether the CHES score, (pairs,), says on which."""
+    change, cosine = entanglement(products)
+    return (
+        f"A single step of DPO lowers the chosen answer of {(change < 0).sum()} of {len(change)} pairs, "
+        f"although the two gradients are similar (mean cosine {cosine.mean():.2f}). Rank correlation of CHES "
+        f"with the change: {spearmanr(ches, change).statistic:+.2f} (the theory wants it below zero). "
+        "The fall that chapter 5 sees is not that of one pair by its own step: it comes from the "
+        "steps on all the others."
+    )
 
 
 # --- beside chapter 1 --------------------------------------------------------------------------------------
 
 CARRIED = {  # what is compared: the statistic on digits, on the language model
-    "order of the error in η": ("first_order_slope", lm_first_order_slope),
-    "rank stability of ‖K‖ after the first tenth": ("entk_rank_stability", lm_kernel_rank_stability),
-    "doublings of ‖K‖ after the first tenth": ("entk_norm_change", lm_kernel_norm_change),
-    "rank correlation of accumulated ‖K‖ with where it led": ("entk_explains_leak", lm_kernel_explains_change),
-    "symmetry of partner ranks": ("partner_rank_symmetry", lm_partner_symmetry),
+    "order of the error in η": ("first_order_slope", first_order_slope),
+    "rank stability of ‖K‖ after the first tenth": ("entk_rank_stability", kernel_rank_stability),
+    "doublings of ‖K‖ after the first tenth": ("entk_norm_change", kernel_norm_change),
+    "rank correlation of accumulated ‖K‖ with where it led": ("entk_explains_leak", kernel_explains_change),
+    "symmetry of partner ranks": ("partner_rank_symmetry", partner_symmetry),
 }
 
 

@@ -224,11 +224,10 @@ def printed_sign_deltas(table: pd.DataFrame) -> Figure:
 def gradient_entanglement(products: np.ndarray, ches: np.ndarray) -> Figure:
     """One step of DPO on each pair: what it does to the chosen answer, against the CHES score; above zero it rises.
 
-    products: (pairs, 3) of `kernels.gradient_products`; ches: (pairs,). The change is per unit of eta and force.
+    products: (pairs, 3) of `kernels.gradient_products`; ches: (pairs,).
     """
-    change = products[:, 1] - products[:, 0]
+    change, cosine = evidence.entanglement(products)
     fig, axes = plt.subplots(1, 2, figsize=(8, 3))
-    cosine = products[:, 0] / np.sqrt(products[:, 1] * products[:, 2])
     axes[0].hist(cosine, bins=12, color=BLUE)
     axes[0].set(xlabel="cosine of the gradients of log π⁺ and log π⁻", ylabel="pairs")
     axes[1].scatter(ches, change, s=14, color=ORANGE)

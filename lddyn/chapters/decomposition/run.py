@@ -1,8 +1,8 @@
 """Chapter 2: A, K and G on a language model, along real training runs (section 3.1, appendices B and C.2)."""
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,73 +15,127 @@ from lddyn.data import preferences, responses
 from lddyn.engine import models, recipe, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import Encoded, ProbeSet
+from lddyn.engine.settings import choose, derive, lengths
 from lddyn.engine.training import Training, dpo_rows, log_rows, sft_rows, train, with_adapters
 from lddyn.theory import first_order, influence, kernels, losses
 from lddyn.theory.first_order import Parameters, Text
 
 # the second is the paper's learning rate, the fifth the built-in one of SFT
 ETAS = [5e-8, 5e-7, 5e-6, 5e-5, 5e-4, 5e-3]
-# how else the same answers are learned: optimizer, adapter, learning rate as a multiple of the main run's
+# how else the same answers are learned: learning rate as a multiple of the main run's, and what else is changed
 VARIANTS = {
-    "RMSprop": {"optimizer": "rmsprop", "faster": 0.2},
-    "SGD": {"optimizer": "sgd", "faster": 20.0},
-    "LoRA": {"adapter": "lora", "faster": 4.0},
+    "RMSprop": (0.2, {"optimizer": "rmsprop"}),
+    "SGD": (20.0, {"optimizer": "sgd"}),
+    "LoRA": (4.0, {"adapter": "lora"}),
 }
-SCALES = {
+OWN = {
     "smoke": {
-        "seeds": 2, "n_train": 8, "n_probe": 2, "max_prompt": 24, "max_response": 12, "epochs": 2, "dpo_epochs": 1.0,
-        "variant_epochs": 2, "evaluations": 3, "every": 1, "block": 2, "batch_size": 4, "dpo_batch_size": 4, "lr": 1e-3,
-        "dpo_lr": 5e-4, "beta": 0.1, "updates": 1, "draws": 2, "sketch": 1, "batch_of_factors": 4, "matrices": True,
+        "n_train": 8, "n_probe": 2, "max_prompt": 24, "max_response": 12, "epochs": 2, "dpo_epochs": 1.0,
+        "evaluations": 3, "every": 1, "block": 2, "batch_size": 4, "dpo_lr": 5e-4,
+        "updates": 1, "draws": 2, "sketch": 1, "batch_of_factors": 4, "matrices": True,
     },
     "laptop": {
-        "seeds": 3, "n_train": 64, "n_probe": 2, "max_prompt": 40, "max_response": 32, "epochs": 6, "dpo_epochs": 1.5,
-        "variant_epochs": 2, "evaluations": 5, "every": 1, "block": 8, "batch_size": 8, "dpo_batch_size": 4, "lr": 5e-4,
-        "dpo_lr": 2e-4, "beta": 0.1, "updates": 2, "draws": 2, "sketch": 2, "batch_of_factors": 32,
-        "matrices": True,
+        "n_train": 64, "n_probe": 2, "max_prompt": 40, "max_response": 32, "epochs": 6, "dpo_epochs": 1.5,
+        "evaluations": 5, "every": 1, "block": 8, "batch_size": 8, "dpo_lr": 2e-4,
+        "updates": 2, "draws": 2, "sketch": 2, "batch_of_factors": 32, "matrices": True,
     },
     "paper": {
-        "seeds": 3, "n_train": 5000, "n_probe": 20, "max_prompt": 256, "max_response": 256, "epochs": 8,
-        "dpo_epochs": 8.0, "variant_epochs": 2, "evaluations": 20, "every": 25, "block": 1250, "batch_size": 4,
-        "dpo_batch_size": 4, "lr": 5e-7, "dpo_lr": 5e-7, "beta": 0.1, "updates": 10, "draws": 16, "sketch": 8,
-        "batch_of_factors": 64, "matrices": False,
+        "n_train": 5000, "n_probe": 20, "max_prompt": 256, "max_response": 256, "epochs": 8, "dpo_epochs": 8.0,
+        "evaluations": 20, "every": 25, "block": 1250, "batch_size": 4, "dpo_lr": 5e-7,
+        "updates": 10, "draws": 16, "sketch": 8, "batch_of_factors": 64, "matrices": False,
     },
 }  # fmt: skip
+SCALES = {scale: recipe.SCALES[scale] | own for scale, own in OWN.items()}  # model, data and optimizer of chapter 3
 
 
-def settings(scale: str, **overrides) -> dict:
-    """What a scale stands for in this chapter, with the values that are not None put in its place.
+@dataclass(frozen=True)
+class Chapter:
+    """The settings of chapter 2, chosen by scale; see the notebook's parameters and `Follow` for what they mean."""
 
-    Model, data and optimizer are chapter 3's. Raises `InputError` for an unknown scale.
-    """
-    common = recipe.settings(scale)
-    shared = {name: common[name] for name in ("model", "size", "data", "optimizer", "warmup")}
-    return shared | SCALES[scale] | {name: value for name, value in overrides.items() if value is not None}
+    seeds: int
+    model: str
+    size: str
+    data: str
+    n_train: int
+    n_probe: int
+    max_prompt: int
+    max_response: int
+    epochs: int
+    dpo_epochs: float
+    evaluations: int
+    every: int
+    block: int
+    batch_size: int
+    lr: float
+    dpo_lr: float
+    optimizer: str
+    warmup: int
+    updates: int
+    draws: int
+    sketch: int
+    batch_of_factors: int
+    matrices: bool
+    variant_epochs: int = 2
+    dpo_batch_size: int = 4
+    first_seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
-def grid(chosen: dict, seeds: Sequence[int], device: str, dtype: str) -> tuple[list[dict], dict[str, Path]]:
-    """The SFT runs, one a seed and one a variant and seed, and the files that they read. `chosen`: from `settings`."""
-    model = recipe.base_model(chosen)
-    names = ("data", "optimizer", "warmup", "n_train", "n_probe", "max_prompt", "max_response", "epochs", "evaluations")
-    names += ("every", "block", "batch_size", "lr", "beta", "updates", "draws", "sketch")
-    names += ("batch_of_factors", "matrices")
-    main = {name: chosen[name] for name in names}
-    main |= {"model": model, "stage": "", "method": "sft", "adapter": "none", "variant": "main", "whole": True}
-    main |= {"clip": 10.0, "device": device, "dtype": dtype}
-    runs = [main | {"seed": seed} for seed in seeds]
-    for name, change in VARIANTS.items():
-        lr = chosen["lr"] * change["faster"]
-        other = {key: value for key, value in change.items() if key != "faster"} | {"variant": name, "lr": lr}
-        other |= {"epochs": chosen["variant_epochs"], "every": 4 * chosen["every"], "updates": 1, "whole": False}
-        runs += [main | other | {"seed": seed} for seed in seeds]
-    return runs, {**models.inputs(model), **preferences.inputs(chosen["data"])}
+@dataclass(frozen=True)
+class Follow:
+    """One run. DPO starts from the weights of the SFT run in the folder `stage`."""
+
+    seed: int
+    model: str  # a folder or hub id
+    data: str
+    optimizer: str
+    n_train: int
+    n_probe: int
+    epochs: float
+    evaluations: int
+    every: int  # steps between predictions of one step
+    block: int  # steps that a longer prediction covers
+    batch_size: int
+    lr: float
+    warmup: int
+    updates: int  # prompts whose update is decomposed
+    draws: int  # random directions of an estimate of ||K||
+    sketch: int  # largest directions of K that are taken out exactly
+    batch_of_factors: int  # answers in the batch of `Frozen`
+    matrices: bool  # A, K and G as matrices, which a large model has no room for
+    max_prompt: int
+    max_response: int
+    device: str
+    dtype: str
+    method: str = "sft"  # or dpo
+    stage: str = ""
+    adapter: str = "none"  # or lora
+    variant: str = "main"  # what figures call it: one of `VARIANTS`
+    whole: bool = True  # not only steps and kernels, which is all for a variant
+    beta: float = 0.1
+    clip: float = 10.0
+    n_probe_test: int = 0
 
 
-def dpo_grid(chosen: dict, stage: store.Run) -> list[dict]:
+def settings(scale: str, given: Mapping[str, object]) -> Chapter:
+    """What a scale stands for in this chapter, with what is given in its place (`settings.choose`)."""
+    return choose(Chapter, SCALES, scale, given)
+
+
+def grid(c: Chapter) -> list[Follow]:
+    """The SFT runs: one a seed, then one a variant and seed."""
+    main = derive(Follow, c, seed=c.first_seed, model=recipe.base_model(c))
+    short = replace(main, epochs=c.variant_epochs, every=4 * c.every, updates=1, whole=False)
+    variants = [replace(short, variant=name, lr=c.lr * faster, **how) for name, (faster, how) in VARIANTS.items()]
+    return [replace(run, seed=c.first_seed + n) for run in (main, *variants) for n in range(c.seeds)]
+
+
+def dpo_grid(c: Chapter, stage: store.Run) -> list[Follow]:
     """The run of DPO that follows a main SFT run; none follows a variant."""
-    given = stage.manifest["parameters"]
-    changed = {"method": "dpo", "model": recipe.base_model(chosen), "stage": str(stage.folder)}
-    changed |= {"epochs": chosen["dpo_epochs"], "lr": chosen["dpo_lr"], "batch_size": chosen["dpo_batch_size"]}
-    return [given | changed] if given["whole"] else []
+    before = Follow(**stage.manifest["parameters"])
+    how = {"epochs": c.dpo_epochs, "lr": c.dpo_lr, "batch_size": c.dpo_batch_size, "model": recipe.base_model(c)}
+    return [replace(before, method="dpo", stage=str(stage.folder), **how)] if before.whole else []
 
 
 def drawn(data: str, count: int, seed: int) -> list[responses.Example]:
@@ -105,44 +159,43 @@ def pair_of(encoded: Encoded, i: int) -> tuple[Text, Text]:
     return tuple((encoded.prompts[i], encoded.responses[role][i]) for role in ("chosen", "rejected"))
 
 
-def update_of(model, encoded: Encoded, i: int, method: str, beta: float, reference: Tensor) -> Parameters:
+def update_of(model, encoded: Encoded, i: int, reference: Tensor, s: Follow) -> Parameters:
     """The update of a plain gradient step with eta = 1 on one prompt: minus the gradient of the loss of SFT or DPO.
 
     reference: summed log pi of chosen and rejected under the reference model, (2,).
     """
     chosen, rejected = pair_of(encoded, i)
-    if method == "sft":
+    if s.method == "sft":
         return first_order.step(model, 1.0, [chosen])
-    return first_order.step(
-        model, 1.0, [chosen], [rejected], loss=losses.dpo_loss, reference=reference.view(2, 1), beta=beta
-    )
+    how = {"loss": losses.dpo_loss, "reference": reference.view(2, 1), "beta": s.beta}
+    return first_order.step(model, 1.0, [chosen], [rejected], **how)
 
 
-def residuals_of(model, encoded: Encoded, i: int, method: str, beta: float, reference: Tensor):
+def residuals_of(model, encoded: Encoded, i: int, reference: Tensor, s: Follow):
     """The closed form of G: the texts that a step on one prompt is taken on, and a (tokens, V) for each."""
     texts = list(pair_of(encoded, i))
     z = kernels.logits(model, texts)
-    if method == "sft":
+    if s.method == "sft":
         return texts[:1], [kernels.residual(z[0], texts[0][1])]
     sums = first_order.sums(first_order.logps(model, texts))
-    forces = losses.dpo_force(*sums, *reference, beta=beta)
+    forces = losses.dpo_force(*sums, *reference, beta=s.beta)
     return texts, [kernels.residual(part, text[1], f.item()) for part, text, f in zip(z, texts, forces, strict=True)]
 
 
-def decomposed(model, encoded: Encoded, i: int, method: str, beta: float, reference: Tensor, draws: int, sketch: int):
+def decomposed(model, encoded: Encoded, i: int, reference: Tensor, s: Follow) -> list[Row]:
     """Sizes of A, K and G between the update on prompt i and all responses to it, and eq. 26's two measures; rows.
 
     Changes are per unit of eta: `rate` of log pi(y), `sign_delta` of the whole vocabulary, `lbk` in units of eta
     squared. `kernel_norm` is ||K||_F; in DPO over both texts of the pair.
     """
     texts = texts_of(encoded, [i])
-    updated, g = residuals_of(model, encoded, i, method, beta, reference)
+    updated, g = residuals_of(model, encoded, i, reference, s)
     z = kernels.logits(model, texts)
     direction = kernels.pull_back(model, updated, [-part for part in g])
     changes = kernels.push_forward(model, direction, texts)
-    by_autograd = update_of(model, encoded, i, method, beta, reference)
+    by_autograd = update_of(model, encoded, i, reference, s)
     apart = first_order.norm(first_order.difference(by_autograd, direction)) / first_order.norm(by_autograd)
-    norms = [kernels.kernel_norms(model, texts, text, draws, sketch) for text in updated]
+    norms = [kernels.kernel_norms(model, texts, text, s.draws, s.sketch) for text in updated]
     together, name = torch.cat(g), encoded.prompt_ids[i]
     rows: list[Row] = [(name, "update", "g_norm", together.norm().item()), (name, "update", "g_error", apart)]
     for number, kind in enumerate(encoded.responses):
@@ -160,14 +213,14 @@ def decomposed(model, encoded: Encoded, i: int, method: str, beta: float, refere
     return rows
 
 
-def single_steps(model, encoded: Encoded, i: int, method: str, beta: float, reference: Tensor) -> list[Row]:
+def single_steps(model, encoded: Encoded, i: int, reference: Tensor, s: Follow) -> list[Row]:
     """Predicted (`single_rate`, per unit of eta) and measured changes of all responses to prompt i and to another one
     after one plain gradient step on prompt i, for every learning rate of `ETAS`, in float64."""
     exact = models.snapshot(model).double().requires_grad_()
     other = (i + 1) % len(encoded.prompts)
     prompts = [i, other] if other != i else [i]
     texts = texts_of(encoded, prompts)
-    update = update_of(exact, encoded, i, method, beta, reference)
+    update = update_of(exact, encoded, i, reference, s)
     change = first_order.predicted_change(exact, update, texts)
     measured = {"single_rate": change.sums}
     for eta in ETAS:
@@ -201,7 +254,7 @@ def explicit(model, encoded: Encoded, i: int) -> list[Row]:
     ]
 
 
-def heat_maps(model, encoded: Encoded, i: int, draws: int, sketch: int, kernel: bool) -> list[Row]:
+def heat_maps(model, encoded: Encoded, i: int, kernel: bool, s: Follow) -> list[Row]:
     """Every type of response to prompt i as the update of one SFT step, and as what is observed; rows.
 
     `heat_<update>`: change of log pi(y) of the observed type per unit of eta; with `kernel` also `kernel_<update>`,
@@ -211,7 +264,7 @@ def heat_maps(model, encoded: Encoded, i: int, draws: int, sketch: int, kernel: 
     for kind, text in zip(encoded.responses, texts, strict=True):
         found = {"heat": first_order.predicted_change(model, first_order.step(model, 1.0, [text]), texts).sums.tolist()}
         if kernel:
-            found["kernel"] = [norm.value for norm in kernels.kernel_norms(model, texts, text, draws, sketch)]
+            found["kernel"] = [norm.value for norm in kernels.kernel_norms(model, texts, text, s.draws, s.sketch)]
         for metric, values in found.items():
             observed = zip(encoded.responses, values, strict=True)
             rows += [(encoded.prompt_ids[i], o, f"{metric}_{kind}", value) for o, value in observed]
@@ -300,47 +353,12 @@ class Watch(ProbeCallback):
             self.parts.append(store.long((state.global_step, examples, *row) for row in rows))
 
 
-@dataclass(frozen=True)
-class Follow:
-    seed: int
-    model: str
-    stage: str
-    data: str
-    method: str
-    optimizer: str
-    adapter: str
-    variant: str
-    whole: bool
-    n_train: int
-    n_probe: int
-    epochs: float
-    evaluations: int
-    every: int
-    block: int
-    batch_size: int
-    lr: float
-    beta: float
-    warmup: int
-    clip: float
-    updates: int
-    draws: int
-    sketch: int
-    batch_of_factors: int
-    matrices: bool
-    max_prompt: int
-    max_response: int
-    device: str
-    dtype: str
-
-
-def follow(work: Path, s: Follow):
+def follow(work: Path, s: Follow) -> pd.DataFrame:
     """Train a model by SFT or DPO and hold the decomposition beside what happens; returns a long table.
 
-    DPO starts from the weights of the SFT run in the folder `stage`. `adapter` is "none" or "lora", `variant` names it
-    or the optimizer in figures. Without `whole` (the variants) only steps and kernels are followed; with it also single
-    steps, `matrices` (which a large model has no room for), and, in SFT, heat maps and frozen factors. Finished weights
-    of SFT stay in `model/` beside the table. An interrupted run starts again. Raises `InputError` for an unknown method
-    or adapter.
+    With `whole` also single steps, `matrices`, and, in SFT, heat maps and frozen factors are looked at, and the
+    finished weights of SFT stay in `model/` beside the table. An interrupted run starts again. Raises `InputError` for
+    an unknown method or adapter.
     """
     if s.method not in ("sft", "dpo"):
         raise unknown("method", s.method, ["sft", "dpo"])
@@ -348,45 +366,41 @@ def follow(work: Path, s: Follow):
         raise unknown("adapter", s.adapter, ["none", "lora"])
     for checkpoint in work.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    lengths = {"max_prompt": s.max_prompt, "max_response": s.max_response}
     base, tokenizer = models.read(s.model, device=s.device, dtype=s.dtype)
     examples = drawn(s.data, s.n_train, s.seed)
-    probed = recipe.probe_set(
-        base, tokenizer, examples, preferences.load(s.data, "test"), s.n_probe, 0, s.seed, lengths
-    )
+    probed = recipe.probe_set(base, tokenizer, examples, preferences.load(s.data, "test"), s)
     lm = models.read(str(Path(s.stage) / "model"), device=s.device, dtype=s.dtype)[0] if s.stage else base
     lm = with_adapters(lm, 8, s.seed) if s.adapter == "lora" else lm
-    prompts, chosen, rejected = ([e[field] for e in examples] for field in ("prompt", "chosen", "rejected"))
+    texts = [[e[field] for e in examples] for field in ("prompt", "chosen", "rejected")]
     if s.method == "sft":
-        rows = sft_rows(tokenizer, prompts, chosen, **lengths)
+        rows = sft_rows(tokenizer, *texts[:2], **lengths(s))
     else:
-        rows = dpo_rows(tokenizer, prompts, chosen, rejected, **lengths)
+        rows = dpo_rows(tokenizer, *texts, **lengths(s))
     steps = int(-(-len(rows) // s.batch_size) * s.epochs)
-    encoded = probed.encode(tokenizer, **lengths)
+    encoded = probed.encode(tokenizer, **lengths(s))
     both = [text for i in range(len(encoded.prompts)) for text in pair_of(encoded, i)]
     reference = first_order.sums(first_order.logps(lm, both)).view(-1, 2)  # (prompts, chosen and rejected)
     frozen = None
     if s.whole and s.method == "sft":
-        batch = ProbeSet(prompts[: s.batch_of_factors], {"chosen": chosen[: s.batch_of_factors]}).encode(
-            tokenizer, **lengths
-        )
+        prompts, chosen = (part[: s.batch_of_factors] for part in texts[:2])
+        batch = ProbeSet(prompts, {"chosen": chosen}).encode(tokenizer, **lengths(s))
         frozen = Frozen(lm, encoded, list(zip(batch.prompts, batch.responses["chosen"], strict=True)))
 
     def look(model, encoded: Encoded, step: int) -> list[Row]:
-        found = []
+        found, at_ends = [], step in (0, steps)
         for i in range(min(s.updates, s.n_probe)):
-            found += decomposed(s.model, encoded, i, s.method, s.beta, reference[i], s.draws, s.sketch)
-        if s.whole and step in (0, steps):
-            found += single_steps(s.model, encoded, 0, s.method, s.beta, reference[0])
-            found += explicit(s.model, encoded, 0) if s.matrices else []
+            found += decomposed(model, encoded, i, reference[i], s)
+        if s.whole and at_ends:
+            found += single_steps(model, encoded, 0, reference[0], s)
+            found += explicit(model, encoded, 0) if s.matrices else []
         if frozen:
-            found += frozen(s.model)
-            found += heat_maps(s.model, encoded, 0, s.draws, s.sketch, step > 0) if step in (0, steps) else []
+            found += frozen(model)
+            found += heat_maps(model, encoded, 0, step > 0, s) if at_ends else []
         return found
 
-    callback = Watch(probed, store.dense_early(steps, s.evaluations), s.every, s.block, look, **lengths)
-    log = train(
-        work, lm, tokenizer, rows, callback, Training(method=s.method, loss="sequence_sum" if s.method == "sft" else "sigmoid", beta=s.beta, seed=s.seed, lr=s.lr, epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, warmup=s.warmup, clip=s.clip, checkpoints=1))  # fmt: skip
+    callback = Watch(probed, store.dense_early(steps, s.evaluations), s.every, s.block, look, **lengths(s))
+    loss = "sequence_sum" if s.method == "sft" else "sigmoid"
+    log = train(work, lm, tokenizer, rows, callback, derive(Training, s, loss=loss, checkpoints=1))
     if s.whole and s.method == "sft":
         models.save(lm, tokenizer, work.parent / "model")
     return store.compact(pd.concat([callback.table(), log_rows(log, s.batch_size)], ignore_index=True))
