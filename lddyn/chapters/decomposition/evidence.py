@@ -120,9 +120,10 @@ def shares_explained(table: pd.DataFrame) -> pd.DataFrame:
     """Of each kind of run its learning rate, steps, and `step_explained` of one step, a block and the whole run."""
     found = {}
     for name, rows in followed(table).items():
-        spans = {"1": "one step", block_length(rows): f"{block_length(rows)} steps", "all": "the whole run"}
+        block = block_length(rows)
+        spans = {"one step": "1", f"{block} steps": block, "the whole run": "all"}
         size = {"learning rate": rows.lr.iloc[0], "steps": rows.step.max()}
-        found[name] = size | {label: step_explained(rows, over) for over, label in spans.items()}
+        found[name] = size | {label: step_explained(rows, over) for label, over in spans.items()}
     return pd.DataFrame(found).T
 
 
