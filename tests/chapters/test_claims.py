@@ -91,7 +91,8 @@ def test_every_claim_points_to_a_section_that_is_there():
 def test_a_claim_may_be_judged_by_a_recorded_sweep(monkeypatch):
     cells = [pd.DataFrame({"sft_chosen_change": [3.0 + seed / 10, 5.0]}) for seed in range(3)]
     entry = {"id": 1, "claim": "c", "source": "s", "paper": "p", "chapter": "03_sft", "sweep": "trends"}
-    entry["parts"] = [{"statistic": "everywhere_chosen", "holds": "> 1", "says": "smallest"}]
+    entry["parts"] = [{"statistic": "everywhere", "arguments": {"column": "sft_chosen_change"}, "holds": "> 1"}]
+    entry["parts"][0]["says"] = "smallest"
     monkeypatch.setattr(claims, "ledger", lambda: [entry])
     monkeypatch.setattr(claims, "of_sweep", lambda name: cells)
     (found,) = claims.verdicts({})

@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,18 +16,17 @@ from lddyn.chapters.extend import run as extend
 from lddyn.data import world
 from lddyn.engine import cache, store
 
-SETTINGS = {
-    "seed": 0, "design": "main", "data": "world", "n_train": 8, "n_probe": 2, "n_probe_test": 1, "sft_epochs": 1,
-    "sft_evaluations": 3, "sft_lr": 1e-3, "sft_batch_size": 4, "epochs": 3, "evaluations": 3, "lr": 1e-3,
-    "batch_size": 4, "beta": 0.1, "optimizer": "adamw", "warmup": 0, "clip": 10.0, "max_prompt": 80,
-    "max_response": 24, "judged": 3, "judgements": 4, "device": "cpu", "dtype": "float32",
-}  # fmt: skip
+SETTINGS = extend.Follow(
+    seed=0, design="main", arm="baseline", model="", data="world", n_train=8, n_probe=2, n_probe_test=1, sft_epochs=1,
+    sft_evaluations=3, sft_lr=1e-3, sft_batch_size=4, epochs=3, evaluations=3, lr=1e-3, batch_size=4, beta=0.1,
+    optimizer="adamw", warmup=0, max_prompt=80, max_response=24, judged=3, judgements=4, device="cpu", dtype="float32",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def runs(model_folder, tmp_path_factory):
     root, model = tmp_path_factory.mktemp("runs"), str(model_folder("gpt_neox"))
-    return [cache.run(extend.follow, SETTINGS | {"arm": arm, "model": model}, root=root) for arm in design.ARMS]
+    return [cache.run(extend.follow, replace(SETTINGS, arm=arm, model=model), root=root) for arm in design.ARMS]
 
 
 def test_dpo_begins_at_zero_and_extended_has_twice_the_steps_of_sft(runs):
@@ -53,9 +54,9 @@ def test_answers_are_there_for_every_judgement_and_scored_by_the_exact_judge(run
     table = runs[1].table
     row = table[(table.prompt_id == one.prompt_id) & (table.step == one.step) & (table.response_type == "sampled")]
     assert row[row.metric == "score"].value.item() == world.judge(one.prompt, one.text).score
-    outcomes = extend.compare(answers, judging.exact(world.judge))
+    outcomes = evidence.compare(answers, judging.exact(world.judge))
     assert len(outcomes) == 24 and not outcomes.outcome.eq("malformed").any()
-    assert len(extend.win_rates(outcomes)) == 8
+    assert len(evidence.win_rates(outcomes)) == 8
 
 
 def test_an_interrupted_run_ends_with_the_same_numbers(runs, tmp_path, monkeypatch):
@@ -68,10 +69,10 @@ def test_an_interrupted_run_ends_with_the_same_numbers(runs, tmp_path, monkeypat
         measure(self, args, state, model)
 
     monkeypatch.setattr(extend.Answering, "_measure", fails_once)
-    parameters = runs[1].manifest["parameters"]
+    settings = extend.Follow(**runs[1].manifest["parameters"])
     with pytest.raises(KeyboardInterrupt):
-        cache.run(extend.follow, parameters, root=tmp_path)
-    resumed = cache.run(extend.follow, parameters, root=tmp_path)
+        cache.run(extend.follow, settings, root=tmp_path)
+    resumed = cache.run(extend.follow, settings, root=tmp_path)
     assert resumed.manifest["resumed"]
     pd.testing.assert_frame_equal(resumed.table, runs[1].table)
     assert json.loads((resumed.folder / "answers.json").read_text()) == json.loads(
@@ -79,24 +80,31 @@ def test_an_interrupted_run_ends_with_the_same_numbers(runs, tmp_path, monkeypat
     )
 
 
-def test_an_unknown_arm_is_named(model_folder, tmp_path):
+def test_an_unknown_arm_is_named(tmp_path):
     with pytest.raises(InputError, match="did you mean 'extended'"):
-        extend.follow(tmp_path, **SETTINGS, arm="extend", model=str(model_folder("gpt_neox")))
+        extend.follow(tmp_path, replace(SETTINGS, arm="extend"))
 
 
 def test_other_designs_are_run_on_the_first_seed_only_and_change_what_they_say(monkeypatch):
-    monkeypatch.setattr(extend.models, "builtin", lambda size: "folder")
-    grid, _ = extend.world_grid(extend.settings("laptop"), [5, 6], "cpu", "float32")
-    main = [s for s in grid if s["design"] == "main"]
-    others = [s for s in grid if s["design"] != "main"]
-    assert [(s["seed"], s["arm"]) for s in main] == [(seed, arm) for seed in (5, 6) for arm in design.ARMS]
-    assert {s["seed"] for s in others} == {5} and {s["design"] for s in others} == set(design.WORLD)
-    slow = next(s for s in others if s["design"] == "a third of the rate")
-    assert slow["lr"] == pytest.approx(main[0]["lr"] / 3) and slow["data"] == "world"
-    assert all(
-        {k: s[k] for k in ("n_train", "epochs", "judged")} == {k: main[0][k] for k in ("n_train", "epochs", "judged")}
-        for s in others
-    )
+    monkeypatch.setattr(extend.recipe.models, "builtin", lambda size: "folder")
+    given = {"first_world_seed": 5, "world_seeds": 2}
+    grid = extend.world_grid(extend.in_world(extend.settings("laptop", given)))
+    main = [s for s in grid if s.design == "main"]
+    others = [s for s in grid if s.design != "main"]
+    assert [(s.seed, s.arm) for s in main] == [(seed, arm) for seed in (5, 6) for arm in design.ARMS]
+    assert {s.seed for s in others} == {5} and {s.design for s in others} == set(design.OTHER_DESIGNS)
+    assert {s.arm for s in others} == {"baseline", "extended"}
+    slow = next(s for s in others if s.design == "a third of the rate")
+    assert slow.lr == pytest.approx(main[0].lr / 3) and slow.data == "world"
+    assert all((s.n_train, s.epochs, s.judged) == (main[0].n_train, main[0].epochs, main[0].judged) for s in others)
+
+
+def test_a_model_of_your_own_is_for_natural_text_only(monkeypatch):
+    monkeypatch.setattr(extend.recipe.models, "builtin", lambda size: size)
+    c = extend.settings("laptop", {"model": "mine", "data": "hh", "epochs": 0.5, "seeds": 1})
+    assert {(s.model, s.data, s.epochs, s.judged) for s in extend.natural_grid(c)} == {("mine", "hh", 0.5, 0)}
+    main = [s for s in extend.world_grid(extend.in_world(c)) if s.design == "main"]
+    assert {(s.model, s.data, s.epochs) for s in main} == {("world", "world", 6)} and len(main) == 15
 
 
 # --- statistics
@@ -122,18 +130,18 @@ def table(*rows) -> pd.DataFrame:
 
 def test_equal_margin_compares_where_the_gaps_have_grown_equally():
     slow_copy = table(line("baseline", -4.0, -1.0), line("extended", -2.0, -0.5))
-    assert evidence.extend_chosen(slow_copy) == pytest.approx(4.0)  # half as far in everything
-    assert evidence.extend_chosen_margin(slow_copy) == pytest.approx(0.0)
-    assert evidence.extend_others_margin(slow_copy) == pytest.approx(0.0)
+    assert evidence.falls_less(slow_copy, "chosen") == pytest.approx(4.0)  # half as far in everything
+    assert evidence.falls_less(slow_copy, "chosen", at="margin") == pytest.approx(0.0)
+    assert evidence.others_fall_less(slow_copy, at="margin") == pytest.approx(0.0)
     kinder = table(line("baseline", -4.0, -1.0), line("extended", -4.0, -0.5))
-    assert evidence.extend_chosen_margin(kinder) > 2
+    assert evidence.falls_less(kinder, "chosen", at="margin") > 2
 
 
 def test_sft_is_measured_up_to_the_start_of_dpo_only():
     both = table(line("baseline", -4.0, -1.0), line("extended", -2.0, -0.5))
-    assert evidence.extend_sft_chosen(both) == pytest.approx(1.0)
-    assert evidence.extend_sft_rejected(both) == pytest.approx(0.0)
-    assert evidence.extend_top_start(both) == pytest.approx(np.mean([-0.25, -0.5]))
+    assert evidence.sft_rise_share(both, "chosen") == pytest.approx(1.0)
+    assert evidence.sft_rejected(both) == pytest.approx(0.0)
+    assert evidence.top_at_start(both) == pytest.approx(np.mean([-0.25, -0.5]))
 
 
 def scores(arm: str, by_step: list[list[float]], seed: int = 0) -> list[tuple]:
@@ -148,41 +156,41 @@ def test_leads_count_prompts_and_not_points():
     ours = scores("extended", [[0, 0], [2, 2], [2, 1], [2, -9]])
     theirs = scores("baseline", [[2, 2], [2, 1], [1, 0], [1, 0]])
     both = table(ours, theirs).assign(design="main")
-    assert evidence.extend_leads(both).tolist() == [-1.0, 0.5, 1.0, 0.0]
-    assert evidence.extend_best_at_4(both) == 0.5
-    assert (evidence.extend_lead_0(both), evidence.extend_lead_6(both)) == (-1.0, 0.0)
+    assert [evidence.lead(both, epoch) for epoch in evidence.JUDGED] == [-1.0, 0.5, 1.0, 0.0]
+    assert evidence.lead(both, 4, over=[2, 6]) == 0.5
 
 
 def test_a_seed_that_does_not_measure_a_statistic_does_not_count():
     natural = [table(line("baseline", -4.0, -1.0), line("extended", -4.0, rate)) for rate in (-0.5, -0.51)]
     in_world = table(scores("extended", [[1]] * 4), scores("baseline", [[0]] * 4)).assign(design="main")
-    for name in (
-        "extend_chosen",
-        "extend_others_margin",
-        "extend_sft_rejected",
-        "extend_sft_chosen",
-        "extend_top_start",
+    for measure in (
+        partial(evidence.falls_less, kind="chosen"),
+        partial(evidence.others_fall_less, at="margin"),
+        evidence.sft_rejected,
+        partial(evidence.sft_rise_share, kind="chosen"),
+        evidence.top_at_start,
     ):
-        assert math.isnan(getattr(evidence, name)(in_world)), name
-    assert math.isnan(evidence.extend_lead_4(natural[0])) and math.isnan(evidence.extend_best_at_4(natural[0]))
-    part = {"chapter": "07_extend", "statistic": "extend_chosen", "holds": "> 0", "says": "chosen"}
+        assert math.isnan(measure(in_world)), measure
+    assert math.isnan(evidence.lead(natural[0], 4)) and math.isnan(evidence.lead(natural[0], 4, over=[2, 6]))
+    part = {"chapter": "07_extend", "statistic": "falls_less", "holds": "> 0", "says": "chosen"}
+    part["arguments"] = {"kind": "chosen"}
     found = claims.judge(part, [*natural, in_world])
     assert found["seeds"] == 2 and found["ours"] == pytest.approx(3.96) and found["outcome"] == "holds"
 
 
 def test_every_figure_can_be_drawn_from_the_runs(runs):
     whole = store.frame(runs).assign(seed=0)
-    rates = extend.win_rates(extend.compare(extend.read_answers(runs), judging.exact(world.judge)))
+    rates = evidence.win_rates(evidence.compare(extend.read_answers(runs), judging.exact(world.judge)))
     natural = whole.assign(design="natural")
     drawn = [
-        figures.extend_curves(natural, 1, 3),
-        figures.extend_start(natural, 3),
-        figures.extend_at_margin(natural),
+        figures.two_stages(natural, 1, 3),
+        figures.start_of_dpo(natural, 3),
+        figures.at_equal_margin(natural),
         figures.win_rates_over_epochs(rates, rates),
         figures.won_tied_lost(rates),
         figures.what_the_judge_found(whole.assign(design="main"), 3),
         figures.lead_by_design(pd.concat([rates, rates.assign(design="twice the SFT")])),
     ]
     assert all(figure.axes for figure in drawn)
-    softer = evidence.extend_softening(whole.assign(design="main"))
+    softer = evidence.softening(whole.assign(design="main"))
     assert set(softer.name) == {"DPO (7)", "extended (7)", "more SFT (7)"} and softer.won.between(0, 1).all()

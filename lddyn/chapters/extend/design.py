@@ -15,9 +15,20 @@ ARMS = {
     "extended": Arm(("chosen", "rejected")),
     "equal steps": Arm(("chosen",), epochs=2),  # the baseline with as many steps of SFT as extended
 }
-WORLD = {  # designs of the closed world beside the main one, and what they change; of lr, a factor
-    "true but casual": {"data": "world:register"},
-    "wrong but polite": {"data": "world:facts"},
-    "a third of the rate": {"lr": 1 / 3},
-    "twice the SFT": {"sft_epochs": 4},
+
+
+class Design(NamedTuple):
+    """A closed world (`world.DESIGNS`), and how it is trained on."""
+
+    data: str = "world"
+    sft_epochs: int = 2
+    rate: float = 1.0  # times the chapter's learning rate of DPO
+
+
+MAIN = Design()
+OTHER_DESIGNS = {
+    "true but casual": Design(data="world:register"),
+    "wrong but polite": Design(data="world:facts"),
+    "a third of the rate": Design(rate=1 / 3),
+    "twice the SFT": Design(sft_epochs=4),
 }

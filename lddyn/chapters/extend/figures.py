@@ -7,20 +7,18 @@ from matplotlib.figure import Figure
 
 from lddyn.chapters import statistics
 from lddyn.chapters.extend import evidence, judging
+from lddyn.chapters.extend.design import ARMS, OTHER_DESIGNS
 from lddyn.chapters.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, band
 
 ARM_STYLES = {"baseline": (GREY, "-"), "extended": (BLUE, "-"), "equal steps": (GREY, "--")}
-TABLE_1 = {"GPT-3.5": (0.4729, 0.6518, 0.6928, 0.6667), "Claude 3 Haiku": (0.4679, 0.5151, 0.6045, 0.5432)}
 FOUND = {"right": BLUE, "missing": GREY, "wrong": RED, "casual": ORANGE, "garbled": PURPLE, "off_topic": GREEN}
 
 
-def extend_curves(table: pd.DataFrame, sft_epochs: float, epochs: float) -> Figure:
+def two_stages(table: pd.DataFrame, sft_epochs: float, epochs: float) -> Figure:
     """Figure 5: SFT and DPO of all arms on one axis, the seeds moved to a common start; lengths in epochs.
 
     table: the runs on natural text.
     """
-    from lddyn.chapters.extend.design import ARMS  # it imports TRL, which takes seconds
-
     panels = (
         ("chosen", "chosen", "logp_sum"),
         ("rejected", "rejected", "logp_sum"),
@@ -49,14 +47,14 @@ def extend_curves(table: pd.DataFrame, sft_epochs: float, epochs: float) -> Figu
 
 
 def _of_arm(table: pd.DataFrame, arm: str, kind: str, metric: str = "logp_sum", design: str = "natural"):
-    """Steps and (seeds, steps) of the mean of a metric, as `figures.style.curves`."""
-    runs = evidence.extend_arm(table, arm, design)
+    """Steps and (seeds, steps) of the mean of a metric, as `style.curves`."""
+    runs = evidence.of_arm(table, arm, design)
     seeds = [statistics.curve(run, kind, metric) for _, run in runs.groupby("seed")]
     seeds = [values for values in seeds if len(values)]
     return (seeds[0].index.to_numpy(), np.array([s.to_numpy() for s in seeds])) if seeds else (np.array([]), None)
 
 
-def extend_start(table: pd.DataFrame, epochs: float) -> Figure:
+def start_of_dpo(table: pd.DataFrame, epochs: float) -> Figure:
     """The first half of DPO: change of log pi(y*) along the chosen answers, every seed a line."""
     fig, axes = plt.subplots(1, len(ARM_STYLES), figsize=(9.5, 2.9), sharey=True)
     for ax, (arm, (color, _)) in zip(axes, ARM_STYLES.items(), strict=True):
@@ -72,16 +70,16 @@ def extend_start(table: pd.DataFrame, epochs: float) -> Figure:
     return fig
 
 
-def extend_at_margin(table: pd.DataFrame) -> Figure:
+def at_equal_margin(table: pd.DataFrame) -> Figure:
     """Changes over DPO against the growth of the gap between chosen and rejected: equal margin, not equal steps."""
     panels = {"chosen": "logp_sum", "chosen_semantic": "logp_sum", "other_test": "logp_sum", "y* along chosen": ""}
     fig, axes = plt.subplots(1, len(panels), figsize=(10, 3), sharex=True)
     for ax, (kind, metric) in zip(axes, panels.items(), strict=True):
         for arm, (color, line) in ARM_STYLES.items():
             for n, (_, run) in enumerate(table.groupby("seed")):
-                gap = evidence.extend_growth(run, arm)
+                gap = evidence.growth(run, arm)
                 which = (kind, metric) if metric else ("chosen", "argmax_logp_sum")
-                values = evidence.extend_changes(run, arm, *which)
+                values = evidence.changes(run, arm, *which)
                 label = arm if n == 0 else None
                 ax.plot(gap, values[values.index >= 0], color=color, linestyle=line, linewidth=1.2, label=label)
         ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
@@ -94,12 +92,12 @@ def extend_at_margin(table: pd.DataFrame) -> Figure:
 def win_rates_over_epochs(rates: pd.DataFrame, control: pd.DataFrame) -> Figure:
     """Table 1 beside ours: win rate of extended among decided pairs, with 95% intervals, over epochs of DPO.
 
-    rates, control: `extend.win_rates` against the baseline and against the baseline with as many steps of SFT.
+    rates, control: `evidence.win_rates` against the baseline and against the baseline with as many steps of SFT.
     """
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.3), sharey=True)
-    for (judge, shares), color in zip(TABLE_1.items(), (GREEN, PURPLE), strict=True):
+    for (judge, shares), color in zip(evidence.TABLE_1.items(), (GREEN, PURPLE), strict=True):
         ends = np.array([judging.binomial_interval(share, 1000) for share in shares])
-        _points(axes[0], (0, 2, 4, 6), np.array(shares), ends, color, judge)
+        _points(axes[0], evidence.JUDGED, np.array(shares), ends, color, judge)
     axes[0].set_title("the paper, one order")
     for ax, (title, table) in zip(axes[1:], (("baseline", rates), ("equal steps of SFT", control)), strict=True):
         for decoding, color in (("sampled", BLUE), ("greedy", ORANGE)):
@@ -156,16 +154,14 @@ def what_the_judge_found(table: pd.DataFrame, epochs: float) -> Figure:
 
 
 def _found(table: pd.DataFrame, arm: str, field: str) -> tuple[np.ndarray, np.ndarray]:
-    found = evidence.extend_scores(table, arm, field)
+    found = evidence.scores(table, arm, field)
     return found.columns.to_numpy(dtype=float), found.groupby("seed").mean().to_numpy()
 
 
 def lead_by_design(rates: pd.DataFrame) -> Figure:
-    """Lead of extended, won minus lost over all pairs, in each design of the world. rates: `extend.win_rates`."""
-    from lddyn.chapters.extend.design import WORLD
-
+    """Lead of extended, won minus lost over all pairs, in each design of the world. rates: `evidence.win_rates`."""
     rows = rates[rates.decoding == "sampled"]
-    designs, colors = [d for d in ("main", *WORLD) if d in set(rows.design)], (GREY, "#63b3ed", BLUE, PURPLE)
+    designs, colors = [d for d in ("main", *OTHER_DESIGNS) if d in set(rows.design)], (GREY, "#63b3ed", BLUE, PURPLE)
     fig, ax = plt.subplots(figsize=(7, 0.55 * len(designs) + 1.2))
     for shift, (epoch, color) in enumerate(zip(sorted(rows.epoch.unique()), colors, strict=False)):
         part = rows[rows.epoch == epoch].set_index("design").loc[designs]
