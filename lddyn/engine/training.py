@@ -1,6 +1,5 @@
 """SFT and DPO with TRL, looked at with probes while they run. The only module that imports TRL."""
 
-import inspect
 import math
 import warnings
 from collections.abc import Mapping
@@ -90,7 +89,7 @@ class TokenisedDPO(_Ours, DPOTrainer):
 
 
 class PairLoss(TokenisedDPO):
-    """A loss on pairs that TRL lacks: a function of the summed log-probabilities of both answers, from `residuals`.
+    """A loss on pairs that TRL lacks: a function of the summed log-probabilities of both answers (`losses.LOSSES`).
 
     `pair_loss` and `options`, its keywords, are set after construction.
     """
@@ -105,21 +104,25 @@ class PairLoss(TokenisedDPO):
         margin = self.beta * losses.margin(chosen.detach(), rejected.detach(), *reference)
         self._metrics["train"]["rewards/margins"].append(margin.mean().item())
         lengths = dict(zip(("chosen_length", "rejected_length"), answers.sum(1).chunk(2), strict=True))
-        takes = inspect.signature(self.pair_loss).parameters
-        given = {name: value for name, value in {"beta": self.beta, **lengths, **self.options}.items() if name in takes}
-        return self.pair_loss(chosen, rejected, *reference, **given).mean()
+        given = {"beta": self.beta, **lengths, **self.options}
+        return losses.value(self.pair_loss, chosen, rejected, *reference, **given).mean()
 
 
 SFT_LOSSES = {"sequence_sum": SequenceSumSFT, "token_mean": TokenMeanSFT}
-PAIR_LOSSES = {
-    "cdpo": losses.cdpo_loss,
-    "dpop": losses.dpop_loss,
-    "gated": losses.gated_loss,
-    "orpo": losses.orpo_loss,
-    "simpo": losses.simpo_loss,
-}
 TRL_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard")
 TRL_LOSSES += ("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft")
+
+
+def check_loss(method: str, loss: str) -> None:
+    """Raise `InputError` unless `method`, "sft" or "dpo", can train this loss."""
+    if method not in ("sft", "dpo"):
+        raise unknown("method", method, ["sft", "dpo"])
+    if method == "sft" and loss not in SFT_LOSSES:
+        raise unknown("loss", loss, SFT_LOSSES)
+    if method == "dpo" and loss not in losses.LOSSES:
+        for name in loss.split("+"):
+            if name not in TRL_LOSSES:
+                raise unknown("loss", name, dict.fromkeys([*TRL_LOSSES, *losses.LOSSES]))
 
 
 def sft_rows(tokenizer, prompts: list[str], responses: list[str], **lengths) -> datasets.Dataset:
@@ -170,8 +173,8 @@ class Training:
     """How a model is trained.
 
     `method` is `sft` (loss `sequence_sum` as in the authors' code, or `token_mean` as in TRL) or `dpo`. The losses of
-    `dpo` are TRL's (`sigmoid` is DPO; names joined by "+" are added, see its `loss_weights`) and `PAIR_LOSSES`;
-    `options` are further settings of TRL's DPOConfig or keywords of the function. `batch_size` counts the examples of
+    `dpo` are `losses.LOSSES` and TRL's (`sigmoid` is DPO; names joined by "+" are added, see its `loss_weights`);
+    `options` are keywords of the function, or further settings of TRL's DPOConfig. `batch_size` counts the examples of
     one backward pass of one process, of which an update takes `accumulation`. Learning rate constant after `warmup`
     steps of linear rise that already move at the first one.
     """
@@ -208,6 +211,7 @@ def train(
     """
     if how.optimizer not in OPTIMIZERS:
         raise unknown("optimizer", how.optimizer, OPTIMIZERS)
+    check_loss(how.method, how.loss)
     _check_room(model, rows)
     quiet()
     steps = -(-len(rows) // (how.batch_size * how.accumulation)) * how.epochs
@@ -238,16 +242,12 @@ def train(
     }
     parts = {"model": model, "processing_class": tokenizer, "train_dataset": rows, "callbacks": [callback]}
     if how.method == "sft":
-        if how.loss not in SFT_LOSSES:
-            raise unknown("loss", how.loss, SFT_LOSSES)
         trainer = SFT_LOSSES[how.loss](args=SFTConfig(**common), **parts)
-    elif how.method == "dpo":
+    else:
         _lean_head(model.get_output_embeddings().weight.shape[0])
         # always given: TRL would reload the reference from where the model once came from, not from what it is now
         parts["ref_model"] = models.snapshot(model) if reference is None else reference
         trainer = _pair_trainer(common | {"beta": how.beta}, how.loss, dict(how.options or {}), parts)
-    else:
-        raise unknown("method", how.method, ["sft", "dpo"])
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     if callback.stopped:
@@ -270,18 +270,17 @@ def _check_room(model, rows: datasets.Dataset) -> None:
 
 
 def _pair_trainer(common: dict, loss: str, options: dict, parts: dict) -> TokenisedDPO:
-    """The trainer for one of TRL's losses, a sum of them, or one of `PAIR_LOSSES`."""
-    if loss not in PAIR_LOSSES:
-        for name in loss.split("+"):
-            if name not in TRL_LOSSES:
-                raise unknown("loss", name, [*TRL_LOSSES, *PAIR_LOSSES])
-        return TokenisedDPO(args=DPOConfig(**common, loss_type=loss.split("+"), **options), **parts)
-    takes = list(inspect.signature(PAIR_LOSSES[loss]).parameters)[4:]
+    """The trainer for one of `losses.LOSSES`, one of TRL's, or a sum of TRL's."""
+    found = losses.LOSSES.get(loss)
+    of_trl = found.trl if found else loss
+    if of_trl:
+        return TokenisedDPO(args=DPOConfig(**common, loss_type=of_trl.split("+"), **options), **parts)
+    takes = losses.keywords(found.function)
     for name in options:
         if name not in takes:
             raise unknown(f"option of the loss {loss}", name, takes)
     trainer = PairLoss(args=DPOConfig(**common), **parts)
-    trainer.pair_loss, trainer.options = PAIR_LOSSES[loss], options
+    trainer.pair_loss, trainer.options = found.function, options
     return trainer
 
 

@@ -8,13 +8,15 @@ one (V, L) matrix for the chosen response and one for the rejected. A positive f
 negative one pushes it down. The paper writes both G with the same sign and a minus between them; that minus
 is part of our force.
 
-Each loss is a pair: `<name>_loss`, its value, and `<name>_force`, the closed form, (on chosen, on rejected).
-All take log pi(chosen), log pi(rejected) and the same two under the reference model: (batch,), nats, summed
-over tokens. With the log-ratios to the reference, r+ = chosen - ref_chosen and r- = rejected - ref_rejected,
-the margin is h = r+ - r-.
+Each loss is `<name>_loss`, its value, and mostly `<name>_force`, the closed form, (on chosen, on rejected); `LOSSES`
+has them all by name. They take log pi(chosen), log pi(rejected) and the same two under the reference model: (batch,),
+nats, summed over tokens. With the log-ratios to the reference, r+ = chosen - ref_chosen and r- = rejected -
+ref_rejected, the margin is h = r+ - r-.
 """
 
+import inspect
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -265,45 +267,6 @@ def gated_force(
     return up, down * torch.exp(rejected / rejected_length)
 
 
-PAIRS = {
-    "SFT": (sft_loss, sft_force),
-    "DPO": (dpo_loss, dpo_force),
-    "SPIN": (spin_loss, spin_force),
-    "IPO": (ipo_loss, ipo_force),
-    "SLiC": (slic_loss, slic_force),
-    "SPPO": (sppo_loss, sppo_force),
-    "SimPO": (simpo_loss, simpo_force),
-    "KTO": (kto_loss, kto_force),
-    "ORPO": (orpo_loss, orpo_force),
-    "DPOP": (dpop_loss, dpop_force),
-    "RPO": (rpo_loss, rpo_force),
-    "NLL unlearning": (unlearning_loss, unlearning_force),
-}
-
-
-def gradient_error(
-    loss: Callable[..., Tensor],
-    force: Callable[..., Forces],
-    logits: Tensor,
-    labels: Tensor,
-    reference: Tensor,
-    **settings: Number,
-) -> Tensor:
-    """Largest |force (pi - y) - dL/dz| over both responses, with dL/dz from automatic differentiation.
-
-    logits: (2, L, V) of chosen and rejected; labels: (2, L); reference: (2,) log-probabilities, nats. `loss`
-    and `force` are a pair of `PAIRS`, `settings` their keywords. Returns a scalar.
-    """
-    z = logits.detach().requires_grad_()
-    logps = z.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).sum((1, 2))  # (2,)
-    (by_autograd,) = torch.autograd.grad(loss(*logps, *reference, **settings), z)  # (2, L, V)
-    forces = torch.stack(force(*logps.detach(), *reference, **settings))  # (2,)
-    return (forces[:, None, None] * sft(z.detach().softmax(-1), labels) - by_autograd).abs().max()
-
-
-# --- the losses --------------------------------------------------------------------------------------------
-
-
 def mean_ipo_loss(
     chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number,
     beta: float = 0.1, chosen_length: Number = 1, rejected_length: Number = 1,
@@ -326,3 +289,74 @@ def robust_loss(
     h = beta * margin(chosen, rejected, ref_chosen, ref_rejected)
     weighed = (1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)
     return -weighed / (1 - 2 * label_smoothing)
+
+
+# --- the registry -------------------------------------------------------------------------------------------
+
+
+class Loss(NamedTuple):
+    """A loss on pairs: the function, and what others need to know of it."""
+
+    function: Callable[..., Tensor]
+    force: Callable[..., Forces] | None = None  # its closed form, where there is one here
+    trl: str | None = None  # what TRL trains it under, names joined by "+" are added; none: trained by the function
+    title: str | None = None  # in the figure of all forces; none: not in it
+
+
+# A new loss is its function and a line here: it is then trained by this name (`training`, `lddyn train`), checked
+# against automatic differentiation where it has a force, and drawn where it has a title.
+LOSSES = {
+    "sft_sum": Loss(sft_loss, sft_force, title="SFT"),
+    "dpo": Loss(dpo_loss, dpo_force, "sigmoid", "DPO"),
+    "spin": Loss(spin_loss, spin_force, "sigmoid", "SPIN"),
+    "ipo_sum": Loss(ipo_loss, ipo_force, title="IPO"),
+    "slic": Loss(slic_loss, slic_force, title="SLiC"),
+    "sppo": Loss(sppo_loss, sppo_force, "sppo_hard", "SPPO"),
+    "simpo": Loss(simpo_loss, simpo_force, title="SimPO"),
+    "kto": Loss(kto_loss, kto_force, "apo_zero", "KTO"),
+    "orpo": Loss(orpo_loss, orpo_force, title="ORPO"),
+    "dpop": Loss(dpop_loss, dpop_force, title="DPOP"),
+    "rpo": Loss(rpo_loss, rpo_force, "sigmoid+sft", "RPO"),
+    "unlearning": Loss(unlearning_loss, unlearning_force, title="NLL unlearning"),
+    "ipo": Loss(mean_ipo_loss, trl="ipo"),
+    "hinge": Loss(hinge_loss, trl="hinge"),
+    "robust": Loss(robust_loss, trl="robust"),
+    "cdpo": Loss(cdpo_loss, cdpo_force),
+    "gated": Loss(gated_loss, gated_force),
+}
+
+
+def titled() -> dict[str, Loss]:
+    """The losses of the figure of all forces, by title."""
+    return {loss.title: loss for loss in LOSSES.values() if loss.title}
+
+
+def keywords(function: Callable) -> list[str]:
+    """The keywords of a loss or a force besides the four log-probabilities."""
+    return list(inspect.signature(function).parameters)[4:]
+
+
+def value(function: Callable, chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number, **given):
+    """A loss, or its force, with those of the `given` keywords that it takes, such as beta and the two lengths."""
+    takes = keywords(function)
+    return function(chosen, rejected, ref_chosen, ref_rejected, **{k: v for k, v in given.items() if k in takes})
+
+
+def gradient_error(
+    loss: Callable[..., Tensor],
+    force: Callable[..., Forces],
+    logits: Tensor,
+    labels: Tensor,
+    reference: Tensor,
+    **settings: Number,
+) -> Tensor:
+    """Largest |force (pi - y) - dL/dz| over both responses, with dL/dz from automatic differentiation.
+
+    logits: (2, L, V) of chosen and rejected; labels: (2, L); reference: (2,) log-probabilities, nats. `loss`
+    and `force` are those of a `Loss`, `settings` their keywords. Returns a scalar.
+    """
+    z = logits.detach().requires_grad_()
+    logps = z.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).sum((1, 2))  # (2,)
+    (by_autograd,) = torch.autograd.grad(loss(*logps, *reference, **settings), z)  # (2, L, V)
+    forces = torch.stack(force(*logps.detach(), *reference, **settings))  # (2,)
+    return (forces[:, None, None] * sft(z.detach().softmax(-1), labels) - by_autograd).abs().max()

@@ -14,7 +14,7 @@ from pathlib import Path
 from lddyn import InputError, unknown
 from lddyn.chapters.dpo import run as dpo
 from lddyn.data import preferences
-from lddyn.engine import cache, models, recipe, store
+from lddyn.engine import cache, models, recipe, store, training
 from lddyn.engine.settings import choose, derive, parse_all, read_cell, read_yaml
 from lddyn.workshop import estimate, tune
 
@@ -37,7 +37,7 @@ batch_size: int | None = None  # [1, 100000] examples of one update, over all pr
 accumulation: int = 1  # [1, 1024] passes that one update is divided into
 lr: float | None = None  # (0, 10] learning rate
 beta: float | None = None  # (0, 100] of DPO
-loss: str | None = None  # sft: sequence_sum or token_mean; dpo: sigmoid and others of TRL's
+loss: str | None = None  # sft: sequence_sum or token_mean; dpo: one of lddyn/theory/losses.py, or of TRL's
 optimizer: str | None = None  # {adamw, rmsprop, sgd}
 warmup: int | None = None  # [0, 100000] updates
 clip: float = 10.0  # (0, 1000000] norm that gradients are cut to
@@ -86,7 +86,9 @@ def settings(files: Sequence[str] = (), words: Mapping[str, object] | None = Non
         raise InputError(f"there is no model folder {chosen['start']!r} to start from")
     scales = recipe.SCALES if chosen["method"] == "sft" else dpo.SCALES
     common = {"loss": tune.METHODS[chosen["method"]], "beta": 0.1, "start": None, "probe_tokens": None}
-    return choose(Launch, {scale: common | of_scale for scale, of_scale in scales.items()}, chosen["scale"], chosen)
+    found = choose(Launch, {scale: common | of_scale for scale, of_scale in scales.items()}, chosen["scale"], chosen)
+    training.check_loss(found.method, found.loss)
+    return found
 
 
 def base_model(chosen: Launch) -> str:

@@ -48,14 +48,15 @@ def varied(work: Path, stage: str, **changed) -> pd.DataFrame:
 def test_the_function_drawn_in_the_figure_is_the_loss_that_is_trained(model_folder, tmp_path, monkeypatch, name):
     examples, which = preferences.load("world", "train", limit=4), design.VARIANTS[name]
     texts = [[e[field] for e in examples] for field in ("prompt", "chosen", "rejected")]
-    monkeypatch.setitem(training.PAIR_LOSSES, "function", which.function)
+    monkeypatch.setitem(losses.LOSSES, "function", losses.LOSSES[which.loss]._replace(trl=None))
     found = []
-    for loss, options in ((which.loss, which.options), ("function", which.keywords)):
+    for loss in (which.loss, "function"):
         lm, tokenizer = models.load(str(model_folder("gpt_neox")))
         rows = training.dpo_rows(tokenizer, *texts, max_prompt=24, max_response=100)
         callback = ProbeCallback(ProbeSet(texts[0][:1], {"chosen": texts[1][:1]}), at=[], **LENGTHS)
-        training.train(
-            tmp_path / loss, lm, tokenizer, rows, callback, training.Training(method="dpo", loss=loss, options=options, beta=which.beta or 0.1, seed=0, lr=1e-3, epochs=1, batch_size=1, optimizer="sgd", checkpoints=1))  # fmt: skip
+        how = {"seed": 0, "lr": 1e-3, "epochs": 1, "batch_size": 1, "optimizer": "sgd", "checkpoints": 1}
+        how |= {"method": "dpo", "loss": loss, "options": which.options, "beta": which.beta or 0.1}
+        training.train(tmp_path / loss, lm, tokenizer, rows, callback, training.Training(**how))
         found.append(torch.cat([p.detach().flatten() for p in lm.parameters()]))
     torch.testing.assert_close(*found, rtol=0, atol=1e-6)
 

@@ -128,34 +128,31 @@ def pair_trained(tiny, folder, probe_set, reference=None, **settings):
 
 
 @pytest.mark.parametrize(
-    "trl, ours, options",
-    [
-        ("sigmoid", "dpo_loss", {}),
-        ("hinge", "hinge", {}),
-        ("apo_zero", "kto_loss", {"kl": 0.0}),
-        ("sppo_hard", "sppo_loss", {}),
-    ],
+    "name, options",
+    [("dpo", {}), ("hinge", {}), ("kto", {"kl": 0.0}), ("sppo", {})],
 )
-def test_own_losses_go_through_the_same_trainer_as_those_of_trl(
-    tiny, probe_set, tmp_path, monkeypatch, trl, ours, options
-):
+def test_own_losses_go_through_the_same_trainer_as_those_of_trl(tiny, probe_set, tmp_path, monkeypatch, name, options):
     """Sums over the same tokens, the same reference, the same order of the pairs: only the function differs."""
-
-    def hinge(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
-        return torch.relu(1 - beta * losses.margin(chosen, rejected, ref_chosen, ref_rejected))
-
-    function = hinge if ours == "hinge" else getattr(losses, ours)
-    monkeypatch.setitem(training.PAIR_LOSSES, "ours", function)
-    expected, log = pair_trained(tiny, tmp_path / "trl", probe_set, loss=trl, beta=0.3)
+    monkeypatch.setitem(losses.LOSSES, "ours", losses.LOSSES[name]._replace(trl=None))
+    expected, log = pair_trained(tiny, tmp_path / "trl", probe_set, loss=name, beta=0.3)
     found, own_log = pair_trained(tiny, tmp_path / "ours", probe_set, loss="ours", beta=0.3, options=options)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert not torch.allclose(expected, weights(tiny[0]), atol=1e-4)
     assert training.log_rows(log, 4).metric.tolist() == training.log_rows(own_log, 4).metric.tolist()
 
 
-@pytest.mark.parametrize("loss", [*training.PAIR_LOSSES, "ipo", "robust", "sigmoid+sft"])
+def test_a_loss_of_trl_goes_by_its_own_name_and_by_that_of_its_function(tiny, probe_set, tmp_path):
+    for name, loss in losses.LOSSES.items():
+        training.check_loss("dpo", name)
+        training.check_loss("dpo", loss.trl or name)
+    for ours, trl in (("dpo", "sigmoid"), ("rpo", "sigmoid+sft")):
+        found, expected = (pair_trained(tiny, tmp_path / name, probe_set, loss=name)[0] for name in (ours, trl))
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("loss", [n for n, loss in losses.LOSSES.items() if loss.trl != "sigmoid"] + ["sigmoid+sft"])
 def test_every_loss_trains_and_differs_from_dpo(tiny, probe_set, tmp_path, loss):
-    options = {"robust": {"label_smoothing": 0.2}, "sigmoid+sft": {"loss_weights": [1.0, 0.5]}}.get(loss)
+    options = {"robust": {"label_smoothing": 0.2}, "sigmoid+sft": {"loss_weights": [1.0, 0.5]}}.get(loss, {})
     found, log = pair_trained(tiny, tmp_path / "a", probe_set, loss=loss, options=options)
     dpo, _ = pair_trained(tiny, tmp_path / "b", probe_set, loss="sigmoid")
     assert torch.isfinite(found).all() and not torch.allclose(found, dpo, atol=1e-6)

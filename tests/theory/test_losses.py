@@ -10,16 +10,25 @@ from torch.nn.functional import cross_entropy
 from lddyn.theory import losses
 
 SETTINGS = {
-    "DPO": {"beta": 0.3},
-    "IPO": {"beta": 0.3},
-    "SLiC": {"delta": 4.0, "lam": 0.2, "target": torch.tensor(-3.0)},
-    "SPPO": {"beta": 0.3},
-    "SimPO": {"beta": 2.5, "gamma": 0.5, "chosen_length": 6, "rejected_length": 4},
-    "KTO": {"beta": 0.3, "kl": 1.5},
-    "ORPO": {"lam": 0.5, "chosen_length": 6, "rejected_length": 4},
-    "DPOP": {"beta": 0.3, "lam": 2.0},
-    "RPO": {"beta": 0.3, "alpha": 0.7, "chosen_length": 6},
+    "dpo": {"beta": 0.3},
+    "ipo_sum": {"beta": 0.3},
+    "slic": {"delta": 4.0, "lam": 0.2, "target": torch.tensor(-3.0)},
+    "sppo": {"beta": 0.3},
+    "simpo": {"beta": 2.5, "gamma": 0.5, "chosen_length": 6, "rejected_length": 4},
+    "kto": {"beta": 0.3, "kl": 1.5},
+    "orpo": {"lam": 0.5, "chosen_length": 6, "rejected_length": 4},
+    "dpop": {"beta": 0.3, "lam": 2.0},
+    "rpo": {"beta": 0.3, "alpha": 0.7, "chosen_length": 6},
+    "cdpo": {"beta": 0.3, "label_smoothing": 0.2},
+    "gated": {"beta": 0.3, "rejected_length": 6},
 }
+WITH_FORCE = [name for name, loss in losses.LOSSES.items() if loss.force]
+
+
+def error(name: str, *where, **settings):
+    """`losses.gradient_error` of the function and the force that stand under a name."""
+    found = losses.LOSSES[name]
+    return losses.gradient_error(found.function, found.force, *where, **settings)
 
 
 def draw(seed: int):
@@ -30,28 +39,29 @@ def draw(seed: int):
     return logits, labels, logps, logps + 2 * torch.randn(2, generator=random, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", losses.PAIRS)
+@pytest.mark.parametrize("name", WITH_FORCE)
 def test_closed_form_is_the_gradient(name):
     for seed in range(20):
         logits, labels, _, reference = draw(seed)
         for settings in ({}, SETTINGS.get(name, {})):
-            assert losses.gradient_error(*losses.PAIRS[name], logits, labels, reference, **settings) < 1e-10
+            assert error(name, logits, labels, reference, **settings) < 1e-10
+
+
+def test_losses_with_a_title_have_a_force_and_one_title_each():
+    """Chapter 4 checks and draws them by title; its draws follow their order."""
+    titles = ["SFT", "DPO", "SPIN", "IPO", "SLiC", "SPPO", "SimPO", "KTO", "ORPO", "DPOP", "RPO", "NLL unlearning"]
+    assert list(losses.titled()) == titles and all(loss.force for loss in losses.titled().values())
 
 
 def test_gate_scales_the_gradient_on_rejected_and_nothing_else():
     for seed in range(20):
         logits, labels, (chosen, rejected), reference = draw(seed)
-        pair = losses.gated_loss, losses.gated_force
-        assert losses.gradient_error(*pair, logits, labels, reference, beta=0.3, rejected_length=6) < 1e-10
+        assert error("gated", logits, labels, reference, beta=0.3, rejected_length=6) < 1e-10
         dpo, gated = (loss(chosen, rejected, *reference) for loss in (losses.dpo_loss, losses.gated_loss))
         assert gated == pytest.approx(dpo)
 
 
 def test_smoothed_labels_turn_the_force_round_at_their_margin():
-    for seed in range(20):
-        logits, labels, _, reference = draw(seed)
-        pair = losses.cdpo_loss, losses.cdpo_force
-        assert losses.gradient_error(*pair, logits, labels, reference, beta=0.3, label_smoothing=0.2) < 1e-10
     turn = torch.tensor(4.0, dtype=torch.float64).log() / 0.3  # sigmoid(0.3 h) = 0.8
     up, _ = losses.cdpo_force(turn, torch.zeros(()), 0.0, 0.0, beta=0.3, label_smoothing=0.2)
     assert up == pytest.approx(0, abs=1e-12)
@@ -90,14 +100,13 @@ def printed_sppo(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
     return 2 * (chosen - ref_chosen - 1 / (2 * beta)), 2 * (rejected - ref_rejected + 1 / (2 * beta))
 
 
-@pytest.mark.parametrize(("name", "printed"), [("IPO", printed_ipo), ("SLiC", printed_slic), ("SPPO", printed_sppo)])
+@pytest.mark.parametrize("name, printed", [("ipo_sum", printed_ipo), ("slic", printed_slic), ("sppo", printed_sppo)])
 def test_the_printed_force_is_not_the_gradient_and_ours_is(name, printed):
-    loss, ours = losses.PAIRS[name]
     logits, labels, logps, reference = draw(3)
-    if name == "SLiC" and logps[0] - logps[1] > 1:
+    if name == "slic" and logps[0] - logps[1] > 1:
         logits, labels = logits.flip(0), labels.flip(0)
-    assert losses.gradient_error(loss, printed, logits, labels, reference) > 1e-3
-    assert losses.gradient_error(loss, ours, logits, labels, reference) < 1e-12
+    assert losses.gradient_error(losses.LOSSES[name].function, printed, logits, labels, reference) > 1e-3
+    assert error(name, logits, labels, reference) < 1e-12
 
 
 def test_sppo_pushes_rejected_down_at_the_start():

@@ -21,7 +21,7 @@ def residual_error_sft_dpo(table: pd.DataFrame) -> float:
 
 
 def residual_error(table: pd.DataFrame) -> float:
-    """The same over all losses of `losses.PAIRS`."""
+    """The same over all losses of chapter 4."""
     return float(_values(table, "residual_error").max())
 
 

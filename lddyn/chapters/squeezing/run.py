@@ -240,13 +240,13 @@ def _both_signs(random, draws: int) -> list[tuple]:
 def _residuals(random, draws: int) -> list[tuple]:
     """Closed forms against automatic differentiation, and how the forces depend on the margin."""
     rows = []
-    for name, (loss, force) in losses.PAIRS.items():
+    for name, loss in losses.titled().items():
         errors = []
         for _ in range(draws):
             z = 3 * torch.randn(2, 6, 50, generator=random, dtype=torch.float64)
             labels = torch.randint(50, (2, 6), generator=random)
             reference = _uniform_random(random, 2, low=-40.0, high=0.0)
-            errors.append(losses.gradient_error(loss, force, z, labels, reference))
+            errors.append(losses.gradient_error(loss.function, loss.force, z, labels, reference))
         rows += _rows(name, {"residual_error": torch.stack(errors)})
     beta = 10 ** _uniform_random(random, 1, low=-2.0, high=0.0).item()
     delta = _uniform_random(random, 1, low=0.0, high=3.0).item()

@@ -42,10 +42,8 @@ def outputs(vocab: int) -> dict[str, Moved]:
 
 def forces(margins: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """The force of every loss on chosen and on rejected at these margins, (margins,) each; answers of 20 tokens."""
-    both = {"chosen_length": 20, "rejected_length": 20}
-    tokens = {"SimPO": both, "ORPO": both, "RPO": {"chosen_length": 20}}
-    pair = softmax.with_margin(margins)
-    return {name: force(*pair, **tokens.get(name, {})) for name, (_, force) in losses.PAIRS.items()}
+    pair, tokens = softmax.with_margin(margins), {"chosen_length": 20, "rejected_length": 20}
+    return {title: losses.value(loss.force, *pair, **tokens) for title, loss in losses.titled().items()}
 
 
 def who_gains(cases: Mapping[str, Moved]) -> pd.DataFrame:

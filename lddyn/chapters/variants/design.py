@@ -1,6 +1,6 @@
 """What chapter 6 compares: losses, and whose answers are pushed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -11,46 +11,43 @@ from lddyn.theory import losses
 
 
 class Variant(NamedTuple):
-    """A way to train on pairs: the trainer's name of the loss, and the same loss as a function of log-probabilities."""
+    """A way to train on pairs: a loss, by its name in `losses.LOSSES`, and the settings that the chapter gives it."""
 
     loss: str
-    function: Callable[..., Tensor]
-    options: Mapping = MappingProxyType({})  # of the trainer
-    keywords: Mapping = MappingProxyType({})  # of the function
+    options: Mapping = MappingProxyType({})  # keywords of the loss
     beta: float | None = None  # none: the chapter's
     rate: float = 1.0  # times the chapter's learning rate
     stop: float = 0.0  # the margin, in nats, at which training stops; 0: never
 
 
 VARIANTS = {
-    "DPO": Variant("sigmoid", losses.dpo_loss),
-    "IPO": Variant("ipo", losses.mean_ipo_loss, beta=1.0),
-    "SLiC": Variant("hinge", losses.hinge_loss),
-    "smoothed": Variant("cdpo", losses.cdpo_loss, {"label_smoothing": 0.2}, {"label_smoothing": 0.2}),
-    "robust": Variant("robust", losses.robust_loss, {"label_smoothing": 0.2}, {"label_smoothing": 0.2}),
-    "SPPO": Variant("sppo_hard", losses.sppo_loss),
-    "KTO": Variant("apo_zero", losses.kto_loss),
-    "SimPO": Variant("simpo", losses.simpo_loss, {"gamma": 1.0}, {"gamma": 1.0}, beta=2.0),
-    "ORPO": Variant("orpo", losses.orpo_loss, {"lam": 0.1}, {"lam": 0.1}),
-    "DPO + NLL": Variant("sigmoid+sft", losses.rpo_loss, {"loss_weights": [1.0, 1.0]}, {"alpha": 1.0}),
-    "DPOP": Variant("dpop", losses.dpop_loss, {"lam": 5.0}, {"lam": 5.0}),
-    "gated": Variant("gated", losses.gated_loss),
-    "low rate": Variant("sigmoid", losses.dpo_loss, rate=0.25),
-    "early stop": Variant("sigmoid", losses.dpo_loss, stop=1.0),
+    "DPO": Variant("dpo"),
+    "IPO": Variant("ipo", beta=1.0),
+    "SLiC": Variant("hinge"),
+    "smoothed": Variant("cdpo", {"label_smoothing": 0.2}),
+    "robust": Variant("robust", {"label_smoothing": 0.2}),
+    "SPPO": Variant("sppo"),
+    "KTO": Variant("kto"),
+    "SimPO": Variant("simpo", beta=2.0),
+    "ORPO": Variant("orpo"),
+    "DPO + NLL": Variant("rpo"),
+    "DPOP": Variant("dpop"),
+    "gated": Variant("gated"),
+    "low rate": Variant("dpo", rate=0.25),
+    "early stop": Variant("dpo", stop=1.0),
 }
 
 
 def forces(variant: str, chosen: Tensor, rejected: Tensor, reference: tuple, lengths: tuple, beta: float):
-    """The force of a variant's loss on chosen and rejected, -dL / dlog pi (`residuals`): two tensors like `chosen`.
+    """The force of a variant's loss on chosen and rejected, -dL / dlog pi (`losses`): two tensors like `chosen`.
 
     chosen, rejected: (n,) log-probabilities in nats, summed over tokens; reference: the two of the reference model;
     lengths: tokens of the two answers. `beta` is the chapter's; a variant may have its own.
     """
     which = VARIANTS[variant]
     chosen, rejected = (x.detach().double().requires_grad_() for x in (chosen, rejected))
-    given = {"beta": which.beta or beta, "chosen_length": lengths[0], "rejected_length": lengths[1]} | which.keywords
-    takes = which.function.__code__.co_varnames[: which.function.__code__.co_argcount]
-    loss = which.function(chosen, rejected, *reference, **{k: v for k, v in given.items() if k in takes})
+    given = {"beta": which.beta or beta, "chosen_length": lengths[0], "rejected_length": lengths[1], **which.options}
+    loss = losses.value(losses.LOSSES[which.loss].function, chosen, rejected, *reference, **given)
     gradients = torch.autograd.grad(loss.sum(), (chosen, rejected), allow_unused=True)
     return tuple(torch.zeros_like(chosen) if g is None else -which.rate * g for g in gradients)
 
