@@ -1,3 +1,4 @@
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib
@@ -19,18 +20,16 @@ from lddyn.theory import losses
 
 matplotlib.use("Agg")
 LENGTHS = {"max_prompt": 24, "max_response": 24}
-COMMON = {
-    "seed": 0, "variant": "DPO", "source": "data", "sft_epochs": 1, "data": "world", "n_pairs": 8, "n_probe": 2,
-    "n_probe_test": 2, "epochs": 1.0, "evaluations": 2, "rounds": 1, "candidates": 2, "judged": 3, "samples": 2,
-    "pushes": 0, "push_lr": 1e-2, "batch_size": 4, "lr": 1e-2, "beta": 0.1, "optimizer": "adamw", "warmup": 0,
-    "clip": 10.0,
-    **LENGTHS, "device": "cpu", "dtype": "float32",
-}  # fmt: skip
+COMMON = variants.Vary(
+    seed=0, variant="DPO", source="data", stage="", sft_epochs=1, data="world", n_pairs=8, n_probe=2, n_probe_test=2,
+    epochs=1.0, evaluations=2, rounds=1, candidates=2, judged=3, samples=2, pushes=0, push_lr=1e-2, batch_size=4,
+    lr=1e-2, beta=0.1, optimizer="adamw", warmup=0, **LENGTHS, device="cpu", dtype="float32",
+)  # fmt: skip
 
 
 @pytest.fixture
 def stage(model_folder, tmp_path):
-    """A folder as `dpo.stages` leaves it."""
+    """A folder as `recipe.stages` leaves it."""
     (tmp_path / "stage").mkdir()
     (tmp_path / "stage" / "model-1").symlink_to(model_folder("gpt_neox"))
     return str(tmp_path / "stage")
@@ -38,7 +37,7 @@ def stage(model_folder, tmp_path):
 
 def varied(work: Path, stage: str, **changed) -> pd.DataFrame:
     work.mkdir(parents=True, exist_ok=True)
-    return variants.vary(work, **COMMON | {"stage": stage} | changed)
+    return variants.vary(work, replace(COMMON, stage=stage, **changed))
 
 
 # --- the losses
@@ -102,22 +101,23 @@ def test_ranked_pairs_are_the_best_and_the_worst_and_ties_give_none(monkeypatch)
         second["prompt"]: ["Nonsense.", "Nonsense.", "Nonsense."],
     }
     sampler(monkeypatch, answers)
-    prompts, chosen, rejected, share = variants.make_pairs("both own", None, None, [first, second], 3, 0, LENGTHS)
+    both = replace(COMMON, source="both own", candidates=3)
+    prompts, chosen, rejected, share = variants.make_pairs(None, None, [first, second], 0, both)
     scores = [world.judge(first["prompt"], text).score for text in answers[first["prompt"]]]
     assert share == 0.5 and prompts == [first["prompt"]] * 2, "as many pairs as prompts"
     assert chosen == [first["chosen"].strip()] * 2
     assert world.judge(first["prompt"], rejected[0]).score == min(scores)
     sampler(monkeypatch, {e["prompt"]: ["Nonsense."] for e in (first, second)})
     with pytest.raises(InputError, match="score the same"):
-        variants.make_pairs("both own", None, None, [first, second], 3, 0, LENGTHS)
+        variants.make_pairs(None, None, [first, second], 0, both)
 
 
 def test_own_samples_take_the_place_of_the_rejected_answer_only(monkeypatch):
     examples = preferences.load("world", "train", limit=2)
     sampler(monkeypatch, {e["prompt"]: [" Own."] for e in examples})
-    _, chosen, rejected, share = variants.make_pairs("SPIN", None, None, examples, 3, 0, LENGTHS)
+    _, chosen, rejected, share = variants.make_pairs(None, None, examples, 0, replace(COMMON, source="SPIN"))
     assert chosen == [e["chosen"] for e in examples] and rejected == ["Own."] * 2 and share == 1.0
-    assert variants.make_pairs("data", None, None, examples, 3, 0, LENGTHS)[2] == [e["rejected"] for e in examples]
+    assert variants.make_pairs(None, None, examples, 0, COMMON).rejected == [e["rejected"] for e in examples]
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,9 @@ def test_samples_come_from_the_policy_and_the_reference_that_the_source_names(
     def weight(model):
         return next(model.parameters()).detach().clone()
 
-    def pairs(name, policy, tokenizer, examples, *_):
+    def pairs(policy, tokenizer, examples, *_):
         policies.append(weight(policy))
-        return [e["prompt"] for e in examples], *([e[k] for e in examples] for k in ("chosen", "rejected")), 1.0
+        return variants.Pairs(*([e[k] for e in examples] for k in ("prompt", "chosen", "rejected")))
 
     def spy(*args, reference, **options):
         references.append(weight(reference))
@@ -187,6 +187,19 @@ def test_early_stop_ends_at_the_first_evaluation_beyond_the_margin(stage, tmp_pa
     assert stopped.step.max() == expected < whole.step.max()
 
 
+def test_a_resumed_run_counts_its_margin_from_the_first_evaluation():
+    """What was measured before comes back from a checkpoint as one table of several steps."""
+    rows = [
+        (s, s, "train/0", kind, "logp_sum", s * v - 9)
+        for s in (0, 1, 2)
+        for kind, v in (("chosen", 1), ("rejected", -2))
+    ]
+    table = store.long(rows)
+    callback = variants.StopAtMargin(ProbeSet(["a"], {"chosen": ["b"]}), 1.0, 0.1)
+    callback.parts = [table[table.step < 2], table[table.step == 2]]
+    assert callback.margin() == 6.0
+
+
 def test_a_run_without_training_is_the_sft_model(stage, tmp_path):
     table = varied(tmp_path / "w" / "work", stage, epochs=0.0)
     assert set(table.step) == {0} and set(table[table.metric == "judge_score"].response_type) == {"greedy", "sampled"}
@@ -202,10 +215,11 @@ def test_unknown_names_are_one_line(stage, tmp_path):
 def test_every_push_starts_from_the_same_weights(stage, monkeypatch):
     lm, tokenizer = models.load(f"{stage}/model-1")
     sets = preferences.load("world", "train", limit=8), preferences.load("world", "test")
-    probed = recipe.probe_set(lm, tokenizer, *sets, 3, 0, 0, LENGTHS, variants.KINDS)
-    forth = variants.push(lm, tokenizer, probed, 2, 1e-2, 0, LENGTHS)
+    s = replace(COMMON, n_probe=3, n_probe_test=0, pushes=2)
+    probed = recipe.probe_set(lm, tokenizer, *sets, s, variants.KINDS)
+    forth = variants.push(lm, tokenizer, probed, s)
     monkeypatch.setattr(variants, "PUSHED", variants.PUSHED[::-1])
-    back = variants.push(lm, tokenizer, probed, 2, 1e-2, 0, LENGTHS)
+    back = variants.push(lm, tokenizer, probed, s)
     order = ["prompt_id", "response_type", "metric"]
     both = [t.astype(dict.fromkeys(order, str)).set_index(order).value.sort_index() for t in (forth, back)]
     pd.testing.assert_series_equal(*both)
@@ -234,9 +248,8 @@ def test_push_slope_is_found_beside_differences_between_prompts():
 
 def test_a_tie_counts_half_and_every_figure_is_drawn(stage, tmp_path):
     def run(name, **changed):
-        parameters = COMMON | {"stage": stage} | changed
         table = varied(tmp_path / name / "work", stage, **changed)
-        return store.Run(tmp_path / name, table, {"parameters": parameters})
+        return store.Run(tmp_path / name, table, {"parameters": asdict(replace(COMMON, stage=stage, **changed))})
 
     done = [
         run("sft", epochs=0.0, pushes=2),
@@ -255,3 +268,5 @@ def test_a_tie_counts_half_and_every_figure_is_drawn(stage, tmp_path):
     figures.pushed_sources(evidence.variant_ends(of_sources))
     figures.pushed_over_rounds(of_sources)
     assert np.isfinite(evidence.push_slope(table))
+    assert evidence.source_effect(table.assign(source="data"), "data", "chosen") == 0
+    assert set(evidence.said(done)) == {"after SFT", "SPIN"}

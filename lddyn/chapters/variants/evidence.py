@@ -1,5 +1,7 @@
 """Chapter 6: other losses, and whose answers are pushed."""
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -14,23 +16,18 @@ from lddyn.chapters.statistics import (
     top_change,
     wide,
 )
+from lddyn.data import preferences, world
+from lddyn.engine.store import Run
 
 UNPUSHED = ("chosen_semantic", "other_train", "other_test", "unrelated")  # in no pair that is trained on
 
 
-def variant_runs(table: pd.DataFrame, **settings) -> pd.DataFrame:
-    """The rows of runs with these values of `variant`, `source`, `rounds`; of a table where some may not vary."""
-    keep = np.ones(len(table), dtype=bool)
-    for name, value in settings.items():
-        if name in table:
-            keep &= (table[name] == value).to_numpy()
-    return table[keep]
-
-
 def loss_runs(table: pd.DataFrame) -> pd.DataFrame:
     """The runs that compare losses, with a column `name`: the variant, or SFT for the model that all start from."""
-    rows = variant_runs(table, source="data", rounds=1)
-    return rows.assign(name=rows.variant.where(rows.epochs > 0, "SFT"))
+    for name, value in {"source": "data", "rounds": 1}.items():
+        if name in table:  # in a table of these runs alone it is the same in all
+            table = table[table[name] == value]
+    return table.assign(name=table.variant.where(table.epochs > 0, "SFT"))
 
 
 def source_runs(table: pd.DataFrame) -> pd.DataFrame:
@@ -85,20 +82,20 @@ def _source(table: pd.DataFrame, name: str) -> pd.DataFrame:
 # --- claims 13 and 14 on a language model
 
 
-def lm_dpo_force_left(table: pd.DataFrame) -> float:
+def dpo_force_left(table: pd.DataFrame) -> float:
     """DPO's force on the probed training pairs at the end over that at the start, mean."""
     margin = margins(_loss(table, "DPO"), 0.1)
     return float((2 / (1 + np.exp(margin.iloc[-1]))).mean())
 
 
-def lm_ipo_margin(table: pd.DataFrame) -> float:
+def ipo_margin(table: pd.DataFrame) -> float:
     """Margin per token of the probed training pairs at the end of IPO, nats; its target is 1 / (2 beta)."""
     gap = wide(_loss(table, "IPO"), "logp_mean")
     gap = (gap.chosen - gap.rejected).unstack()
     return float((gap.iloc[-1] - gap.iloc[0]).mean())
 
 
-def lm_slic_late_growth(table: pd.DataFrame) -> float:
+def slic_late_growth(table: pd.DataFrame) -> float:
     """Growth of the margin over the second half of training under SLiC's hinge, over that under DPO.
 
     Not a number where too few evaluations lie in that half.
@@ -112,17 +109,12 @@ def _late_growth(run: pd.DataFrame) -> float:
     return float(margin.iloc[-1] - margin[margin.index >= margin.index[-1] / 2].iloc[0])
 
 
-def lm_sppo_rejected(table: pd.DataFrame) -> float:
-    """End change of log pi(rejected) under SPPO, nats; its target is -1 / (2 beta)."""
-    return change(_loss(table, "SPPO"), "rejected")
-
-
-def lm_sppo_rejected_share(table: pd.DataFrame) -> float:
+def sppo_rejected_share(table: pd.DataFrame) -> float:
     """Fall of log pi(rejected) under SPPO over that under DPO."""
-    return lm_sppo_rejected(table) / change(_loss(table, "DPO"), "rejected")
+    return change(_loss(table, "SPPO"), "rejected") / change(_loss(table, "DPO"), "rejected")
 
 
-def lm_sppo_chosen(table: pd.DataFrame) -> float:
+def sppo_chosen(table: pd.DataFrame) -> float:
     """End change of log pi(chosen) under SPPO minus that under DPO, nats."""
     return change(_loss(table, "SPPO"), "chosen") - change(_loss(table, "DPO"), "chosen")
 
@@ -130,24 +122,17 @@ def lm_sppo_chosen(table: pd.DataFrame) -> float:
 # --- claim 42
 
 
-def own_rejected_chosen(table: pd.DataFrame) -> float:
-    """Change of log pi(chosen) when own samples are rejected, drawn anew, minus that with the data's pairs, nats."""
-    return change(_source(table, "own rejected"), "chosen") - change(_source(table, "data"), "chosen")
+def source_effect(table: pd.DataFrame, source: str, of: str) -> float:
+    """End change of log pi with the pairs of a source minus that with the data's pairs, nats.
 
-
-def own_rejected_unpushed(table: pd.DataFrame) -> float:
-    """The same for the mean of UNPUSHED, which are in no pair."""
-    return unpushed_change(_source(table, "own rejected")) - unpushed_change(_source(table, "data"))
-
-
-def own_rejected_top(table: pd.DataFrame) -> float:
-    """The same for log pi(y*) along the chosen answers."""
-    return top_change(_source(table, "own rejected"), "chosen") - top_change(_source(table, "data"), "chosen")
-
-
-def on_policy_chosen(table: pd.DataFrame) -> float:
-    """End change of log pi(chosen) under on-policy pairs, ranked and drawn anew, minus that with the data's pairs."""
-    return change(_source(table, "both own"), "chosen") - change(_source(table, "data"), "chosen")
+    `of` what: "chosen"; "unpushed", the mean of UNPUSHED, which are in no pair; or "top", y* along the chosen answers.
+    """
+    measure = {
+        "chosen": lambda run: change(run, "chosen"),
+        "unpushed": unpushed_change,
+        "top": lambda run: top_change(run, "chosen"),
+    }[of]
+    return measure(_source(table, source)) - measure(_source(table, "data"))
 
 
 def pushes(table: pd.DataFrame) -> pd.DataFrame:
@@ -182,3 +167,73 @@ def push_fit(table: pd.DataFrame, draws: int = 500) -> dict:
     single = pushes(table)
     fit = bootstrapped_slope(_push_data(single), draws)
     return fit | {"kind": single.response_type.astype(str).to_numpy()}
+
+
+# --- sentences and tables of the notebook
+
+
+def judged_example(data: str) -> tuple[str, pd.DataFrame]:
+    """The first training question, and its answers with the scores that the exact judge gives them."""
+    example = preferences.load(data, "train", limit=1)[0]
+    shown = {kind: example[kind] for kind in example if kind in ("chosen", "chosen_semantic", "rejected")}
+    rows = {kind: (text.strip(), world.judge(example["prompt"], text).score) for kind, text in shown.items()}
+    return example["prompt"].splitlines()[0], pd.DataFrame(rows, index=["answer", "score"]).T
+
+
+def mean_ends(ends: pd.DataFrame) -> pd.DataFrame:
+    """`variant_ends`, mean over the seeds: changes in nats, the margin, scores, and the share of answers that won."""
+    columns = ["chosen", "rejected", "unpushed", "y* along chosen", "margin", "greedy", "sampled", "won"]
+    return ends.groupby("name")[columns].mean()
+
+
+def chosen_sentence(ends: pd.DataFrame) -> str:
+    """What DPO and the robust loss do to the chosen answers, and which losses raise them; Markdown."""
+    mean = mean_ends(ends)
+    kept = mean[mean.chosen > 0].index.difference(["SFT"])
+    return (
+        f"Under DPO the chosen answers change by {mean.chosen['DPO']:+.1f} nats. Not all losses do that: they rise "
+        f"under {', '.join(kept) or 'none'}. The robust loss ends at a margin of {mean.margin['robust']:.0f} nats, DPO "
+        f"at {mean.margin['DPO']:.0f}: its force never fades, and the chosen answers change by "
+        f"{mean.chosen['robust']:+.1f} nats."
+    )
+
+
+def sources_list(ends: pd.DataFrame, sources: Iterable[str]) -> str:
+    """What the pairs of each source did to the chosen answers, y* and the score of samples; a Markdown list."""
+    mean = mean_ends(ends)
+    return "\n".join(
+        f"- *{name}*: chosen {mean.chosen[name]:+.1f} nats, y* {mean['y* along chosen'][name]:+.1f} nats, score of a "
+        f"sampled answer {mean.sampled[name]:+.2f} (after SFT {mean.sampled['SFT']:+.2f})"
+        for name in sources
+    )
+
+
+def said(runs: Sequence[Run]) -> pd.DataFrame:
+    """Greedy answers to three test questions (rows) after SFT and after the pairs of three sources, first seed."""
+    found = {}
+    for run in runs:
+        s = run.manifest["parameters"]
+        trained = s["rounds"] > 1 and s["source"] in ("data", "SPIN", "both own")
+        if s["seed"] == runs[0].manifest["parameters"]["seed"] and (trained or not s["epochs"]):
+            answers = pd.read_json(run.folder / "answers.json", orient="records")
+            greedy = answers[answers.decoding == "greedy"].head(3)
+            name = s["source"] if trained else "after SFT"
+            found[name] = greedy.set_index(greedy.prompt.str.split("?").str[0]).text
+    return pd.DataFrame(found)
+
+
+def mean_pushes(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over the single pushes of each kind of response, the likeliest first; nats per token."""
+    columns = {
+        "pushed_start": "log π per token before",
+        "pushed_change": "its own change",
+        "watched_change": "change of what nobody pushed",
+        "watched_top_change": "change of y* along it",
+    }
+    means = pushes(table).groupby("response_type", observed=True)[list(columns)].mean().rename(columns=columns)
+    return means.sort_values("log π per token before", ascending=False)
+
+
+def slope_sentence(fit: dict) -> str:
+    """The slope of `push_fit` and its interval in words."""
+    return "slope {:+.3f} nats per nat, 95% interval [{:+.3f}, {:+.3f}]".format(fit["slope"], *fit["interval"])
