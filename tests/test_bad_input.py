@@ -52,6 +52,7 @@ COMMANDS = {
     "a parameter file with a list": (["run", "03_sft", "--params", "{tmp}/list.yml"], "must map parameter names"),
     "a place that cannot be written": (["run", "03_sft", "--out", "/dev/null/x.ipynb"], "cannot write the notebook"),
     "a folder as output": (["run", "03_sft", "--out", "{tmp}"], "it is a folder"),
+    "an unknown loss": (["train", "--set", "method", "dpo", "--set", "loss", "gate"], "did you mean 'gated'?"),
     "no tokens": (["rephrase", "x", "y", "--max-tokens", "0"], "--max-tokens: takes a whole number from 1"),
 }
 

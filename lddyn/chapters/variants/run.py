@@ -204,7 +204,7 @@ class StopAtMargin(ProbeCallback):
 
     def on_step_end(self, args, state, control, **others):
         super().on_step_end(args, state, control, **others)
-        if self.stop and self.beta * self.margin() >= self.stop:
+        if self.stop and not self.stopped and self.beta * self.margin() >= self.stop:
             control.should_training_stop = True
 
     def margin(self) -> float:
