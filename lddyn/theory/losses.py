@@ -16,7 +16,7 @@ ref_rejected, the margin is h = r+ - r-.
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch.nn.functional import logsigmoid, one_hot
 
 Number = Tensor | float  # one for all pairs, or one for each
 Forces = tuple[Tensor, Tensor]  # on chosen and on rejected
+T = TypeVar("T")
 
 
 def sft(p: Tensor, y: Tensor) -> Tensor:
@@ -331,15 +332,18 @@ def titled() -> dict[str, Loss]:
     return {loss.title: loss for loss in LOSSES.values() if loss.title}
 
 
-def keywords(function: Callable) -> list[str]:
+def keywords(function: Callable[..., object]) -> list[str]:
     """The keywords of a loss or a force besides the four log-probabilities."""
     return list(inspect.signature(function).parameters)[4:]
 
 
-def value(function: Callable, chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number, **given):
-    """A loss, or its force, with those of the `given` keywords that it takes, such as beta and the two lengths."""
+def value(function: Callable[..., T], *logps: Number, **given: object) -> T:
+    """A loss, or a force, of the four log-probabilities and those of the `given` keywords that it takes.
+
+    Lengths and beta, say: each loss has its own.
+    """
     takes = keywords(function)
-    return function(chosen, rejected, ref_chosen, ref_rejected, **{k: v for k, v in given.items() if k in takes})
+    return function(*logps, **{name: setting for name, setting in given.items() if name in takes})
 
 
 def gradient_error(
