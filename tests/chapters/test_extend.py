@@ -178,6 +178,24 @@ def test_a_seed_that_does_not_measure_a_statistic_does_not_count():
     assert found["seeds"] == 2 and found["ours"] == pytest.approx(3.96) and found["outcome"] == "holds"
 
 
+def test_a_sentence_calls_nobody_ahead_where_the_interval_holds_zero():
+    rows = {"decoding": "sampled", "epoch": [0.0, 4.0], "won": 0.4, "lost": 0.5}
+    open_ = pd.DataFrame(rows | {"lead_low": -0.3, "lead_high": 0.1})
+    said = evidence.win_rate_sentence(open_)
+    assert "at no epoch that was judged; it is behind at epoch none" in said and "wins 40% and loses 50%" in said
+    assert "eight win rates 2 (0.4729, 0.5151) have an interval that contains one half" in said
+    decided = open_.assign(lead_low=[-0.3, 0.1], lead_high=[-0.1, 0.3])
+    assert "from epoch 4 on; it is behind at epoch 0." in evidence.win_rate_sentence(decided)
+
+
+def test_sentences_of_the_notebook_say_what_its_table_says():
+    arms = {"baseline": -1.0, "extended": -0.5, "equal steps": -1.0}
+    natural = table(*(line(arm, -4.0, rate, seed) for seed in (0, 1) for arm, rate in arms.items()))
+    found = evidence.differences(natural)
+    assert found.loc["chosen in DPO", "mean"] == pytest.approx(4) and (found.low <= found.high).all()
+    assert "extended and baseline is +4.0 nats at equal steps" in evidence.margin_sentence(natural)
+
+
 def test_every_figure_can_be_drawn_from_the_runs(runs):
     whole = store.frame(runs).assign(seed=0)
     rates = evidence.win_rates(evidence.compare(extend.read_answers(runs), judging.exact(world.judge)))

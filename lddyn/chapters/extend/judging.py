@@ -57,7 +57,7 @@ def exact(score: Callable[[str, str], object]) -> Judge:
 
 
 def by_chat(ask: Callable[[str], str]) -> Judge:
-    """A judge that asks a chat model, such as `lddyn.chat.local(...)` or `lddyn.chat.endpoint(...)`, with `PROMPT`."""
+    """A judge that asks a chat model, such as `chat.local(...)` or `chat.endpoint(...)`, with `PROMPT`."""
 
     def judge(prompt: str, first: str, second: str) -> str:
         return verdict(ask(PROMPT.format(prompt=prompt.strip(), first=first.strip(), second=second.strip())))
