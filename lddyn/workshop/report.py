@@ -74,13 +74,10 @@ def scorecard(runs: Sequence[store.Run], method: str) -> list[dict]:
 
 
 def _judged(part: dict, tables: Sequence[pd.DataFrame]) -> dict | None:
-    """One part of a claim; None where the tables lack what it is computed from."""
+    """One part of a claim; None where the tables do not measure it."""
     one = len(tables) == 1
-    try:
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # NumPy, for curves that are empty
-            judged = claims.judge({**part, "exact": True} if one else part, tables)
-    except (KeyError, IndexError, ValueError, AttributeError):  # pandas, for types, splits and settings that are absent
-        return None
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # NumPy and SciPy, for curves of two points
+        judged = claims.judge({**part, "exact": True} if one else part, tables)
     if judged["ours"] is None or not np.isfinite(judged["ours"]):
         return None
     return judged | ({"interval": None} if one else {})
