@@ -101,7 +101,7 @@ def sign_delta(table: pd.DataFrame, target: str) -> pd.Series:
     trained = "chosen" if target == "extended" else target
     residual = curve(table, trained, "residual_norm_mean", target=target)
     sums = {}
-    for kind in table.response_type.cat.categories:
+    for kind in table.response_type.astype("category").cat.categories:
         logp = mean_over_prompts(table, kind, target=target)
         if len(logp):
             a_norm = curve(table, kind, "a_norm_mean", target=target)

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lddyn import InputError, unknown
-from lddyn.chapters import claims
+from lddyn.chapters import claims, tables
 from lddyn.chapters.style import BLUE, ORANGE, PANELS, band, change_panel, curves, use_style
 from lddyn.engine import store
 
@@ -67,7 +67,7 @@ def scorecard(runs: Sequence[store.Run], method: str) -> list[dict]:
         parts = [part for part in judged if part]
         outcomes = {part["outcome"] for part in parts}
         verdict = "not measured" if not parts else outcomes.pop() if len(outcomes) == 1 else "partly"
-        shown = {name: claim[name] for name in ("id", "claim", "source", "paper")}
+        shown = {name: claim.get(name) for name in ("id", "claim", "source", "paper", "authors", "chapter")}
         reason = "this run lacks the responses or the further runs that it needs"
         entries.append(shown | {"parts": parts, "verdict": verdict, "reason": reason})
     return entries
@@ -109,19 +109,6 @@ def figure(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def verdict_table(entries: Sequence[dict]) -> str:
-    """The scorecard as an HTML table."""
-    rows = ""
-    for e in entries:
-        ours = "<br>".join(escape(claims.sentence(part)) for part in e["parts"]) or escape(e["reason"])
-        rows += (
-            f"<tr><td>{e['id']}</td><td>{escape(e['claim'])}</td><td>{escape(e['paper'])}</td><td>{ours}</td>"
-            f'<td class="{e["verdict"].replace(" ", "-")}">{e["verdict"]}</td></tr>'
-        )
-    head = "".join(f"<th>{name}</th>" for name in ("#", "the paper's claim", "the paper", "here", "the rule"))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
 def page(runs: Sequence[store.Run], method: str) -> str:
     """The HTML page: curves, scorecard, where the numbers come from."""
     use_style()
@@ -154,7 +141,7 @@ def page(runs: Sequence[store.Run], method: str) -> str:
         if len(runs) == 1
         else "95% intervals over the runs decide: they show what"
     } held here, not whether the paper's claim does.</p>
-{verdict_table(scorecard(runs, method))}
+{tables.verdicts(scorecard(runs, method), here="this training")}
 </body></html>
 """
 

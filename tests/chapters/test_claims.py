@@ -76,6 +76,12 @@ def test_what_a_training_lacks_is_not_measured_and_no_error(column):
     assert {True} in outcomes and {True, False} in outcomes
 
 
+def test_sign_delta_is_measured_in_a_table_of_plain_texts_too():
+    plain = one_training().astype({"response_type": str, "metric": str, "prompt_id": str})
+    measured = {"chapter": "05_dpo", "statistic": "dpo_sign_delta", "holds": "> 0", "says": "SignDelta"}
+    assert claims.judge(measured, [plain])["ours"] == claims.judge(measured, [one_training()])["ours"] is not None
+
+
 def test_a_mistake_in_a_statistic_is_an_error_and_not_called_unmeasured(monkeypatch):
     for mistake, error in ((lambda table: table.vlaue, AttributeError), (lambda table: table["vlaue"], KeyError)):
         monkeypatch.setattr(statistics, "mistaken", mistake, raising=False)
