@@ -63,7 +63,7 @@ def one_training() -> pd.DataFrame:
     """What a training of one's own measures: one run, no settings that vary."""
     random = np.random.default_rng(0)
     names = [(prompt, kind, metric) for prompt in ("train/0", "test/0") for kind in KINDS for metric in METRICS]
-    return store.long((step, step, *name, random.uniform(1, 2)) for step in range(21) for name in names)
+    return store.long((step, step, *name, random.uniform(1, 2)) for step in range(21) for name in names).assign(seed=0)
 
 
 @pytest.mark.parametrize("column", ["response_type", "metric", "prompt_id"])
@@ -78,7 +78,7 @@ def test_what_a_training_lacks_is_not_measured_and_no_error(column):
 
 def test_sign_delta_is_measured_in_a_table_of_plain_texts_too():
     plain = one_training().astype({"response_type": str, "metric": str, "prompt_id": str})
-    measured = {"chapter": "05_dpo", "statistic": "dpo_sign_delta", "holds": "> 0", "says": "SignDelta"}
+    measured = {"chapter": "05_dpo", "statistic": "sign_delta_of_chosen", "holds": "> 0", "says": "SignDelta"}
     assert claims.judge(measured, [plain])["ours"] == claims.judge(measured, [one_training()])["ours"] is not None
 
 

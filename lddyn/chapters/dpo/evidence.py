@@ -119,7 +119,9 @@ def sign_delta_of_others(table: pd.DataFrame) -> float:
 
 def below_start(table: pd.DataFrame, split: str = "train") -> pd.Series:
     """Share of chosen answers that end below where they started, for each seed."""
-    chosen = {seed: wide(rows, "chosen", split=split).chosen.unstack() for seed, rows in baseline(table).groupby("seed")}
+    chosen = {
+        seed: wide(rows, "chosen", split=split).chosen.unstack() for seed, rows in baseline(table).groupby("seed")
+    }
     return pd.Series({seed: float((logps.iloc[-1] < logps.iloc[0]).mean()) for seed, logps in chosen.items()})
 
 
