@@ -3,9 +3,8 @@
 A statistic takes the table of one seed. What it needs and the table lacks it says with `NotMeasured`.
 """
 
-import math
-
 import json
+import math
 from pathlib import Path
 
 import numpy as np
