@@ -27,7 +27,7 @@ define FIND_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help env upgrade book test browser pdf run bench check format serve status claims clean distclean
+.PHONY: help env upgrade book test browser pdf run bench pretrain check format serve status claims clean distclean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ run: $(READY)  ## run one notebook: make run NAME=01_mnist ARGS="-p seeds 2"
 
 bench: $(READY)  ## measure speed side by side, as ratios in one run
 	$(PY) -m benchmarks.bench
+
+pretrain: $(READY)  ## make the built-in models again and say whether they equal those of the package
+	$(PY) -m lddyn pretrain
 
 check: $(READY)  ## lint, format, types
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

@@ -9,7 +9,6 @@ from importlib import import_module
 import numpy as np
 import pandas as pd
 import yaml
-from scipy.stats import t
 
 from lddyn import InputError
 from lddyn.chapters import statistics
@@ -76,14 +75,6 @@ def _rule(text: str, where: str) -> tuple[float, float]:
     raise InputError(f"{where}: rule {text!r} is not '> x', '< x' or 'in [x, y]'")
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95% t-interval of the mean over seeds; infinitely wide for one seed."""
-    if len(values) < 2:
-        return -math.inf, math.inf
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
-
-
 def by_seed(runs: Sequence[Run]) -> list[pd.DataFrame]:
     """The runs' tables, joined for each seed."""
     return [table for _, table in frame(runs).groupby("seed")]
@@ -98,14 +89,22 @@ def of_sweep(name: str) -> list[pd.DataFrame]:
     return [rows for _, rows in table.groupby("seed")]
 
 
+def value(measure: Callable[..., float], table: pd.DataFrame, given: Mapping) -> float:
+    """A statistic of one seed's table; not a number where the table does not measure it."""
+    try:
+        return measure(table, **given)
+    except statistics.NotMeasured:
+        return math.nan
+
+
 def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
     """One part of a claim over seeds: `says, holds, ours, interval, outcome` (holds, fails or undecided), `seeds`.
 
     The outcome is decided by the whole interval; for an `exact` part (an identity), by every single seed. Where no run
-    measures it, `ours` is None and the outcome undecided.
+    measures it, `ours` is None and the outcome undecided. Every other error of a statistic is raised.
     """
     measure, given = statistic(part["chapter"], part["statistic"]), part.get("arguments", {})
-    values = np.array([measure(table, **given) for table in tables])
+    values = np.array([value(measure, table, given) for table in tables])
     values = values[~np.isnan(values)]  # without the seeds whose runs do not measure it
     low, high = _rule(part["holds"], part["statistic"])
     if not len(values):
@@ -114,7 +113,7 @@ def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
         ours, (a, b) = float(values.max()), (float(values.min()), float(values.max()))
         outcome = "holds" if low <= a and b <= high else "fails"
     else:
-        ours, (a, b) = float(values.mean()), interval(values)
+        ours, a, b = statistics.mean_interval(values)
         outcome = "holds" if low <= a and b <= high else "fails" if b < low or a > high else "undecided"
     return {
         "says": part["says"],

@@ -1,6 +1,10 @@
-"""What the statistics of several chapters share: curves over steps, their changes, SignDelta, intervals."""
+"""What the statistics of several chapters share: curves over steps, their changes, SignDelta, intervals.
+
+A statistic takes the table of one seed. What it needs and the table lacks it says with `NotMeasured`.
+"""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +19,31 @@ NATURAL = ("chosen", *BELLS[:2], "chosen_initial", *BELLS[2:], "other_train", "o
 AUTHORS_KEYS = {kind: (names or (kind,))[0] for kind, names in RESPONSE_TYPES.items()}
 
 
-def curve(table: pd.DataFrame, kind: str, metric: str = "logp_sum", split: str = "train", target: str = "chosen"):
-    """Mean over the probed prompts of a metric of one type of response, as a Series over steps.
+class NotMeasured(InputError):
+    """A table lacks what is computed from it: a type of response, a metric, prompts of a split, runs of a setting.
+
+    `claims` and `report` show such a statistic as not measured. Any other error in a statistic is a mistake in it.
+    """
+
+
+def needed(rows, *columns: str, what: str = "rows"):
+    """A table, curve or mapping as it is; raises `NotMeasured` where it is empty or lacks a column (or key)."""
+    lacking = [name for name in columns if name not in rows]
+    if lacking or not len(rows):
+        raise NotMeasured(f"the table has no {', '.join(lacking) or what}")
+    return rows
+
+
+def by_setting(table: pd.DataFrame, name: str) -> dict[object, pd.DataFrame]:
+    """The rows of the runs with each value of a setting; raises `NotMeasured` where they do not differ in it."""
+    groups = dict(list(table.groupby(name, observed=True))) if name in table else {}
+    return needed(groups if len(groups) > 1 else {}, what=f"runs that differ in {name}")
+
+
+def mean_over_prompts(
+    table: pd.DataFrame, kind: str, metric: str = "logp_sum", split: str = "train", target: str = "chosen"
+) -> pd.Series:
+    """Mean over the probed prompts of a metric of one type of response, over steps; empty where it is not measured.
 
     `split` says whether the prompts are trained on; `target` which runs, where a table holds several.
     """
@@ -27,6 +54,11 @@ def curve(table: pd.DataFrame, kind: str, metric: str = "logp_sum", split: str =
     if "n_train" in rows:  # the run on all prompts, not the small ones for the heat map
         rows = rows[rows.n_train == rows.n_train.max()]
     return rows.groupby("step").value.mean()
+
+
+def curve(table: pd.DataFrame, kind: str, metric: str = "logp_sum", split: str = "train", target: str = "chosen"):
+    """`mean_over_prompts`; raises `NotMeasured` where it is empty."""
+    return needed(mean_over_prompts(table, kind, metric, split, target), what=f"{metric} of {kind} ({split})")
 
 
 def change(table: pd.DataFrame, kind: str, **which) -> float:
@@ -52,10 +84,11 @@ def order(values: pd.Series) -> float:
     return float(spearmanr(values.index, values).statistic)
 
 
-def wide(table: pd.DataFrame, metric: str = "logp_sum", split: str = "train") -> pd.DataFrame:
-    """A metric of every prompt: rows (step, prompt), columns types of response."""
+def wide(table: pd.DataFrame, *kinds: str, metric: str = "logp_sum", split: str = "train") -> pd.DataFrame:
+    """A metric of every prompt: rows (step, prompt), columns types of response, `NotMeasured` without those named."""
     rows = table[(table.metric == metric) & table.prompt_id.astype(str).str.startswith(f"{split}/")]
-    return rows.pivot_table(index=["step", "prompt_id"], columns="response_type", values="value", observed=True)
+    found = rows.pivot_table(index=["step", "prompt_id"], columns="response_type", values="value", observed=True)
+    return needed(found, *kinds, what=f"{metric} ({split})")
 
 
 def sign_delta(table: pd.DataFrame, target: str) -> pd.Series:
@@ -67,8 +100,8 @@ def sign_delta(table: pd.DataFrame, target: str) -> pd.Series:
     trained = "chosen" if target == "extended" else target
     residual = curve(table, trained, "residual_norm_mean", target=target)
     sums = {}
-    for kind in table.response_type.cat.categories:
-        logp = curve(table, kind, target=target)
+    for kind in table.response_type.astype("category").cat.categories:
+        logp = mean_over_prompts(table, kind, target=target)
         if len(logp):
             a_norm = curve(table, kind, "a_norm_mean", target=target)
             delta = logp.diff() / np.sqrt(a_norm.shift()) / residual.shift()
@@ -106,10 +139,12 @@ def compare_with_authors(table: pd.DataFrame, path: Path | str) -> tuple[pd.Seri
     return ours, (theirs.iloc[-1] - theirs.iloc[0])[kinds], metric
 
 
-def mean_interval(values: pd.Series) -> tuple[float, float, float]:
-    """Mean with its 95% t-interval."""
-    half = t.ppf(0.975, len(values) - 1) * values.std() / np.sqrt(len(values))
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+def mean_interval(values) -> tuple[float, float, float]:
+    """Mean over seeds (or prompts) with its 95% t-interval, which is infinitely wide for a single one."""
+    values = np.asarray(values)
+    mean, n = float(values.mean()), len(values)
+    half = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf
+    return mean, mean - half, mean + half
 
 
 def partial_slope(data: pd.DataFrame) -> tuple[float, np.ndarray, np.ndarray]:
@@ -151,6 +186,6 @@ def top_change(table: pd.DataFrame, path: str) -> float:
 
 def margins(table: pd.DataFrame, beta: float, split: str = "train") -> pd.DataFrame:
     """The margin beta ((log pi - log pi_ref)(chosen) - (same)(rejected)) in nats: rows steps, columns prompts."""
-    gap = wide(table, split=split)
+    gap = wide(table, "chosen", "rejected", split=split)
     gap = (gap.chosen - gap.rejected).unstack()
     return beta * (gap - gap.iloc[0])

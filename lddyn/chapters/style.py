@@ -66,7 +66,7 @@ def band(ax, x, values: np.ndarray, color: str, label: str | None = None, **line
 
 def curves(table: pd.DataFrame, kind: str, metric: str = "logp_sum", split: str = "train") -> tuple:
     """Steps and (seeds, steps): mean over prompts of a metric of one type, for each seed."""
-    seeds = [statistics.curve(t, kind, metric, split) for _, t in table.groupby("seed")]
+    seeds = [statistics.mean_over_prompts(t, kind, metric, split) for _, t in table.groupby("seed")]
     return seeds[0].index.to_numpy(), np.array([s.to_numpy() for s in seeds])
 
 

@@ -1,14 +1,14 @@
 """What a chapter shows besides figures: the verdicts on its claims, and where its numbers come from."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
 
 import pandas as pd
 from IPython.display import HTML, display
 
 from lddyn import Caution
-from lddyn.chapters import claims, style
+from lddyn.chapters import claims, style, tables
 from lddyn.engine import kept
 from lddyn.engine.store import Run
 
@@ -48,35 +48,9 @@ class Results:
     def _repr_mimebundle_(self, **_) -> dict:
         bundle = {"chapter": self.chapter, "scale": self.scale, "runs": [r.folder.name for r in self.runs]}
         noted = dict.fromkeys(message for run in self.runs for message in run.manifest.get("cautions", []))
-        html = "".join(map(caution, noted)) + verdict_table(self.verdicts())
+        html = "".join(map(caution, noted)) + tables.verdicts(self.verdicts())
         html += provenance(kept.origin(self.runs), self.scale)
         return {"text/html": html, BUNDLE: bundle, "text/plain": f"{self.chapter}: {len(self.runs)} runs"}
-
-
-def verdict_table(entries: Iterable[dict], links: Callable[[dict], str] | None = None) -> str:
-    """The verdicts as an HTML table: claim, the paper, the authors' released logs, this companion, verdict.
-
-    `links` gives the address of the figure behind an entry, or an empty text.
-    """
-    rows = ""
-    for e in entries:
-        mark = e["verdict"].replace(" ", "-")
-        ours = "<br>".join(escape(claims.sentence(p)) for p in e["parts"]) or escape(e["reason"])
-        if e.get("why") and e["verdict"] in ("partly", "not replicated"):
-            ours += f'<br><em class="why">{escape(e["why"])}</em>'
-        where = links(e) if links else ""
-        link = f' <a href="{escape(where)}">figure</a>' if where else ""
-        rows += (
-            f'<tr data-verdict="{e["verdict"]}" data-chapter="{e["chapter"] or "none"}"><td>{e["id"]}</td>'
-            f"<td>{escape(e['claim'])}<br><small>{escape(e['source'])}{link}</small></td>"
-            f"<td>{escape(e['paper'])}</td><td>{escape(e['authors'] or '-')}</td><td>{ours}</td>"
-            f'<td class="verdict {mark}">{e["verdict"]}</td></tr>'
-        )
-    heads = ("#", "claim", "the paper", "released logs", "this companion", "verdict")
-    head = "".join(f"<th>{h}</th>" for h in heads)
-    return (
-        f'<div class="scroll"><table class="claims"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
 
 
 def provenance(made: Mapping, scale: str) -> str:
@@ -84,9 +58,10 @@ def provenance(made: Mapping, scale: str) -> str:
     return f'<p class="provenance">{escape(f"scale {scale} · {kept.in_words(made)}")}</p>'
 
 
-def table(frame: pd.DataFrame, digits: int = 3) -> str:
+def table(frame: pd.DataFrame, digits: int = 3, index: bool = True) -> str:
     """A data frame as HTML with escaped text and rounded numbers."""
-    return f'<div class="scroll">{frame.to_html(float_format=lambda v: f"{v:.{digits}g}", border=0)}</div>'
+    html = frame.to_html(float_format=lambda v: f"{v:.{digits}g}", border=0, index=index)
+    return f'<div class="scroll">{html}</div>'
 
 
 def tokens(table: pd.DataFrame, value: str, limit: float) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lddyn import InputError, unknown
+from lddyn.chapters import tables
 from lddyn.chapters.dpo import run as dpo
 from lddyn.data import preferences
 from lddyn.engine import cache, models, recipe, store, training
@@ -194,7 +195,8 @@ def _announced(function: Callable, tell: Callable[[str], str]) -> Callable:
     return announced
 
 
-VARIANTS = {  # of the page in the book: heading, settings on top of a model's file
+RATE = 1e14  # FLOP/s of a matrix product on the GPU of the table below
+VARIANTS = {  # of the table in the book: heading, settings on top of a model's file
     "as the authors": ((), {}),
     "probing 4,096 tokens at once": ((), {"probe_tokens": 4096}),
     "the same, bf16": (("bf16",), {"probe_tokens": 4096}),
@@ -202,23 +204,15 @@ VARIANTS = {  # of the page in the book: heading, settings on top of a model's f
 }
 
 
-def page(rate: float = 1e14) -> str:
-    """The table of the page `other_models` as Markdown: memory and time of the paper's models in each variant."""
-    heads = [f"{name}: SFT / DPO" for name in VARIANTS]
-    lines = [f"| settings | parameters | {' | '.join(heads)} | SFT / DPO, hours |", "|---" * (len(heads) + 3) + "|"]
-    names = [p.stem for p in FILES.glob("*.yml") if "model" in read_yaml(p)]
+def table(rate: float = RATE) -> str:
+    """Memory in GiB, and hours, of the paper's models in each variant, as Markdown."""
+    rows, names = [], [p.stem for p in FILES.glob("*.yml") if "model" in read_yaml(p)]
     for name in sorted(names, key=lambda n: estimate.estimate(settings([n]), rate=rate).shape.parameters):
         cells, hours = [], []
         for files, words in VARIANTS.values():
             both = [estimate.estimate(settings([name, *files], words | {"method": m}), rate=rate) for m in tune.METHODS]
             cells.append(" / ".join(f"{e.gib:.0f}" for e in both))
             hours = hours or [f"{e.hours:.0f}" for e in both]
-        millions = both[0].shape.parameters / 1e6
-        lines.append(f"| `{name}` | {millions:,.0f} M | {' | '.join(cells)} | {' / '.join(hours)} |")
-    foot = (
-        f"GiB of GPU memory at most, every text as long as it may be (probing and training take turns, the larger of "
-        f"them counts). Hours on a GPU whose matrix products run at {rate / 1e12:.0f} TFLOP/s, of which training is "
-        f"taken to reach {estimate.REACHED:.0%}. Nothing in this table was run here: it is computed from the models' "
-        f"configurations, and a test compares the formula with what small models take."
-    )
-    return "\n".join([*lines, "", foot, ""])
+        rows.append((f"`{name}`", f"{both[0].shape.parameters / 1e6:,.0f} M", *cells, " / ".join(hours)))
+    heads = ("settings", "parameters", *(f"{name}: SFT / DPO" for name in VARIANTS), "SFT / DPO, hours")
+    return tables.markdown(heads, rows)

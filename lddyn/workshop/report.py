@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lddyn import InputError, unknown
-from lddyn.chapters import claims
+from lddyn.chapters import claims, tables
 from lddyn.chapters.style import BLUE, ORANGE, PANELS, band, change_panel, curves, use_style
 from lddyn.engine import store
 
@@ -67,20 +67,17 @@ def scorecard(runs: Sequence[store.Run], method: str) -> list[dict]:
         parts = [part for part in judged if part]
         outcomes = {part["outcome"] for part in parts}
         verdict = "not measured" if not parts else outcomes.pop() if len(outcomes) == 1 else "partly"
-        shown = {name: claim[name] for name in ("id", "claim", "source", "paper")}
+        shown = {name: claim.get(name) for name in ("id", "claim", "source", "paper", "authors", "chapter")}
         reason = "this run lacks the responses or the further runs that it needs"
         entries.append(shown | {"parts": parts, "verdict": verdict, "reason": reason})
     return entries
 
 
 def _judged(part: dict, tables: Sequence[pd.DataFrame]) -> dict | None:
-    """One part of a claim; None where the tables lack what it is computed from."""
+    """One part of a claim; None where the tables do not measure it."""
     one = len(tables) == 1
-    try:
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # NumPy, for curves that are empty
-            judged = claims.judge({**part, "exact": True} if one else part, tables)
-    except (KeyError, IndexError, ValueError, AttributeError):  # pandas, for types, splits and settings that are absent
-        return None
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # NumPy and SciPy, for curves of two points
+        judged = claims.judge({**part, "exact": True} if one else part, tables)
     if judged["ours"] is None or not np.isfinite(judged["ours"]):
         return None
     return judged | ({"interval": None} if one else {})
@@ -110,19 +107,6 @@ def figure(table: pd.DataFrame) -> Figure:
     for ax in axes[:, 0]:
         ax.set_ylabel("change of log π (nats)")
     return fig
-
-
-def verdict_table(entries: Sequence[dict]) -> str:
-    """The scorecard as an HTML table."""
-    rows = ""
-    for e in entries:
-        ours = "<br>".join(escape(claims.sentence(part)) for part in e["parts"]) or escape(e["reason"])
-        rows += (
-            f"<tr><td>{e['id']}</td><td>{escape(e['claim'])}</td><td>{escape(e['paper'])}</td><td>{ours}</td>"
-            f'<td class="{e["verdict"].replace(" ", "-")}">{e["verdict"]}</td></tr>'
-        )
-    head = "".join(f"<th>{name}</th>" for name in ("#", "the paper's claim", "the paper", "here", "the rule"))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def page(runs: Sequence[store.Run], method: str) -> str:
@@ -157,7 +141,7 @@ def page(runs: Sequence[store.Run], method: str) -> str:
         if len(runs) == 1
         else "95% intervals over the runs decide: they show what"
     } held here, not whether the paper's claim does.</p>
-{verdict_table(scorecard(runs, method))}
+{tables.verdicts(scorecard(runs, method), here="this training")}
 </body></html>
 """
 

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from lddyn import InputError, unknown
-from lddyn.chapters import claims
+from lddyn.chapters import claims, tables
 from lddyn.engine import cache, kept, pool, settings, store
 from lddyn.workshop import estimate, launch, report, tune
 
@@ -170,8 +170,8 @@ def recorded(folder: Path = FOLDER) -> list[tuple[Path, dict | None]]:
     return found
 
 
-def page(folder: Path = FOLDER) -> str:
-    """The page `sweeps` of the book as Markdown: each sweep file with its table, or that it was not recorded."""
+def sections(folder: Path = FOLDER) -> str:
+    """The sections of the book's page `sweeps` as Markdown: each file with its table, or that it was not recorded."""
     parts = []
     for path, result in recorded(folder):
         title = read(path)["title"]
@@ -181,17 +181,6 @@ def page(folder: Path = FOLDER) -> str:
             parts.append(f"## {title}\n\n*Not recorded.* To record it:\n\n{command}")
             continue
         frame = table(result["rows"])
-        body = [" | ".join(map(str, row)) for row in frame.to_numpy()]
-        lines = [" | ".join(map(str, frame)), " | ".join("---" for _ in frame), *body]
-        whole = "\n".join(f"| {line} |" for line in lines)
+        whole = tables.markdown([*frame], frame.to_numpy())
         parts.append(f"## {title}\n\n{whole}\n\n{kept.in_words(result['manifest'])}\n\n{command}")
-    return SWEEPS_PAGE + "\n".join(parts)
-
-
-SWEEPS_PAGE = """# Sweeps
-
-Trainings over models, seeds and settings, each recorded as a small table in `book/sweeps/`. Columns named after a kind
-of response hold the mean change of its log-probability from the first to the last evaluation, in nats summed over the
-response, over all probed prompts, trained and not. [Other models](../other_models.md) says how to make one of your own.
-
-"""
+    return "\n".join(parts)

@@ -6,9 +6,10 @@ import pytest
 
 from lddyn import InputError
 from lddyn.__main__ import main
-from lddyn.chapters import claims
+from lddyn.chapters import claims, statistics
 from lddyn.engine import store
 from lddyn.engine.store import Run
+from lddyn.workshop import report
 
 
 def runs_with(values):
@@ -17,7 +18,7 @@ def runs_with(values):
 
 
 def part(holds, **more):
-    return {"chapter": "01_mnist", "statistic": "lbk_share", "holds": holds, "says": "share", **more}
+    return {"chapter": "01_mnist", "statistic": "lbk_share", "holds": holds, "says": "share"} | more
 
 
 def test_every_claim_of_the_paper_is_listed_once_and_in_order():
@@ -54,8 +55,44 @@ def test_what_no_run_measures_is_undecided_and_says_so(more):
     assert ": not measured, rule > 1: undecided" in claims.sentence(judged)
 
 
+KINDS = (*statistics.AUTHORS_KEYS, "greedy")
+METRICS = ("logp_sum", "argmax_logp_sum", "rest_logp_sum", "a_norm_mean", "residual_norm_mean", "rep4")
+
+
+def one_training() -> pd.DataFrame:
+    """What a training of one's own measures: one run, no settings that vary."""
+    random = np.random.default_rng(0)
+    names = [(prompt, kind, metric) for prompt in ("train/0", "test/0") for kind in KINDS for metric in METRICS]
+    return store.long((step, step, *name, random.uniform(1, 2)) for step in range(21) for name in names).assign(seed=0)
+
+
+@pytest.mark.parametrize("column", ["response_type", "metric", "prompt_id"])
+def test_what_a_training_lacks_is_not_measured_and_no_error(column):
+    whole = one_training()
+    tables = [whole, *(whole[whole[column] != name] for name in whole[column].unique())]
+    wanted = [part for chapter in ("03_sft", "05_dpo") for claim in claims.of_chapter(chapter) if "sweep" not in claim
+              for part in claims.parts(claim) if part["chapter"] == chapter]  # fmt: skip
+    outcomes = [{claims.judge(part, [table])["ours"] is None for table in tables} for part in wanted]
+    assert {True} in outcomes and {True, False} in outcomes
+
+
+def test_sign_delta_is_measured_in_a_table_of_plain_texts_too():
+    plain = one_training().astype({"response_type": str, "metric": str, "prompt_id": str})
+    measured = {"chapter": "05_dpo", "statistic": "sign_delta_of_chosen", "holds": "> 0", "says": "SignDelta"}
+    assert claims.judge(measured, [plain])["ours"] == claims.judge(measured, [one_training()])["ours"] is not None
+
+
+def test_a_mistake_in_a_statistic_is_an_error_and_not_called_unmeasured(monkeypatch):
+    for mistake, error in ((lambda table: table.vlaue, AttributeError), (lambda table: table["vlaue"], KeyError)):
+        monkeypatch.setattr(statistics, "mistaken", mistake, raising=False)
+        with pytest.raises(error):
+            claims.judge(part("> 0", statistic="mistaken"), [one_training()])
+        with pytest.raises(error):
+            report._judged(part("> 0", statistic="mistaken"), [one_training()])
+
+
 def test_interval_is_the_t_interval_of_the_mean():
-    low, high = claims.interval(np.array([1.0, 2.0, 3.0]))
+    _, low, high = statistics.mean_interval(np.array([1.0, 2.0, 3.0]))
     assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
 
 

@@ -168,5 +168,5 @@ def test_the_built_in_model_comes_in_any_size():
 
 
 def test_the_table_of_the_book_has_every_model_of_the_paper():
-    page = launch.page()
+    page = launch.table()
     assert page.count("\n| `") == len(estimate.known()) and "nan" not in page

@@ -169,7 +169,7 @@ def test_an_unknown_or_missing_engine_is_one_line(plan, monkeypatch, capsys):
 
 
 def test_the_page_of_sweeps_shows_tables_and_says_what_was_not_recorded():
-    page = sweep.page()
+    page = sweep.sections()
     recorded = [path for path, result in sweep.recorded() if result]
     assert page.count("*Not recorded.*") == len(sweep.recorded()) - len(recorded)
     for path in sorted(sweep.FOLDER.glob("*.yml")):

@@ -12,11 +12,13 @@ from lddyn.chapters.statistics import (
     NATURAL,
     PATHS,
     bootstrapped_slope,
+    by_setting,
     change,
     curve,
     fall,
     margins,
     mean_interval,
+    needed,
     order,
     rise,
     sign_delta,
@@ -87,7 +89,8 @@ def chosen_over_rejected(table: pd.DataFrame) -> float:
 
 def rephrases_where_chosen_is_up(table: pd.DataFrame) -> float:
     """Mean change of chosen_semantic wherever (prompt, evaluation) the chosen answer is above its start, nats."""
-    logps = wide(baseline(table))[["chosen", "chosen_semantic"]].unstack()
+    kinds = ["chosen", "chosen_semantic"]
+    logps = wide(baseline(table), *kinds)[kinds].unstack()
     since = (logps - logps.iloc[0]).stack(future_stack=True)
     return float(since.chosen_semantic[since.chosen > 0].mean())
 
@@ -105,18 +108,20 @@ def late_change(table: pd.DataFrame) -> float:
 
 def sign_delta_of_chosen(table: pd.DataFrame) -> float:
     """Accumulated SignDelta of the chosen answer over DPO."""
-    return float(sign_delta(baseline(table), "chosen")["chosen"])
+    return float(needed(sign_delta(baseline(table), "chosen"), "chosen")["chosen"])
 
 
 def sign_delta_of_others(table: pd.DataFrame) -> float:
     """Largest accumulated SignDelta of any other type over DPO."""
     sums = sign_delta(baseline(table), "chosen")
-    return float(max(value for kind, value in sums.items() if kind in AUTHORS_KEYS and kind != "chosen"))
+    return float(max(needed([value for kind, value in sums.items() if kind in AUTHORS_KEYS and kind != "chosen"])))
 
 
 def below_start(table: pd.DataFrame, split: str = "train") -> pd.Series:
     """Share of chosen answers that end below where they started, for each seed."""
-    chosen = {seed: wide(rows, split=split).chosen.unstack() for seed, rows in baseline(table).groupby("seed")}
+    chosen = {
+        seed: wide(rows, "chosen", split=split).chosen.unstack() for seed, rows in baseline(table).groupby("seed")
+    }
     return pd.Series({seed: float((logps.iloc[-1] < logps.iloc[0]).mean()) for seed, logps in chosen.items()})
 
 
@@ -159,7 +164,7 @@ def slope_sentence(fit: dict) -> str:
 def _repetition(table: pd.DataFrame) -> pd.Series:
     """Change over DPO of the share of repeated 4-grams in each greedy answer."""
     rows = baseline(table)
-    rows = rows[rows.metric == "rep4"]
+    rows = needed(rows[rows.metric == "rep4"], what="rep4")
     share = rows.pivot_table(index=["seed", "prompt_id"], columns="step", values="value", observed=True)
     return share.iloc[:, -1] - share.iloc[:, 0]
 
@@ -192,7 +197,8 @@ def top_minus_sft_chosen(table: pd.DataFrame) -> float:
 
     The SFT is that between the starts of two short runs: from no SFT, and from the shortest.
     """
-    starts = {n: curve(run, "chosen").iloc[0] for n, run in vary(table, "sft_epochs").groupby("sft_epochs")}
+    by_length = by_setting(vary(table, "sft_epochs"), "sft_epochs")
+    starts = {n: curve(run, "chosen").iloc[0] for n, run in by_length.items()}
     none, short = sorted(starts)[:2]
     epochs = baseline(table).epochs.iloc[0] if "epochs" in table else 1
     return float(top_change(baseline(table), "chosen") / epochs - (starts[short] - starts[none]) / (short - none))
@@ -200,15 +206,15 @@ def top_minus_sft_chosen(table: pd.DataFrame) -> float:
 
 def sft_effect(table: pd.DataFrame, kinds: Sequence[str]) -> float:
     """Mean end change of types after the longest SFT minus that after the shortest one, in the same short DPO, nats."""
-    by_length = vary(table, "sft_epochs").groupby("sft_epochs")
-    changes = {n: np.mean([change(run, kind) for kind in kinds]) for n, run in by_length if n}
+    by_length = by_setting(vary(table, "sft_epochs"), "sft_epochs")
+    changes = {n: np.mean([change(run, kind) for kind in kinds]) for n, run in by_length.items() if n}
     return float(changes[max(changes)] - changes[min(changes)])
 
 
 def rate_effect(table: pd.DataFrame, metric: str = "logp_sum") -> float:
     """End change along chosen at the largest learning rate minus that at the smallest, in the same short DPO, nats."""
-    runs = vary(table, "lr")
-    large, small = (change(runs[runs.lr == rate], "chosen", metric=metric) for rate in (runs.lr.max(), runs.lr.min()))
+    by_rate = by_setting(vary(table, "lr"), "lr")
+    large, small = (change(by_rate[rate], "chosen", metric=metric) for rate in (max(by_rate), min(by_rate)))
     return large - small
 
 

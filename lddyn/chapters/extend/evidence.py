@@ -1,6 +1,5 @@
-"""Chapter 7: the extended method. A statistic that the runs of a seed do not measure is not a number."""
+"""Chapter 7: the extended method."""
 
-import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -8,7 +7,7 @@ import pandas as pd
 
 from lddyn.chapters.extend import judging
 from lddyn.chapters.extend.design import ARMS
-from lddyn.chapters.statistics import curve, mean_interval, share_won
+from lddyn.chapters.statistics import curve, mean_interval, needed, share_won
 from lddyn.data import preferences, world
 
 OTHERS = ("chosen_semantic", "chosen_initial", "other_test")  # natural responses that DPO does not train on
@@ -27,7 +26,7 @@ def of_arm(table: pd.DataFrame, arm: str, design: str = "natural") -> pd.DataFra
 def changes(table: pd.DataFrame, arm: str, kind: str, metric: str = "logp_sum", design: str = "natural") -> pd.Series:
     """Changes of the mean of a metric since the start of DPO, as a Series over steps; steps of SFT are below 0."""
     values = curve(of_arm(table, arm, design), kind, metric)
-    return values - values.get(0, math.nan)
+    return values - needed(values, 0)[0]
 
 
 def growth(table: pd.DataFrame, arm: str, design: str = "natural") -> pd.Series:
@@ -41,8 +40,7 @@ def growth(table: pd.DataFrame, arm: str, design: str = "natural") -> pd.Series:
 
 def sft_rise(table: pd.DataFrame, arm: str, kind: str) -> float:
     """Rise of log pi over the SFT of an arm, nats."""
-    values = changes(table, arm, kind)
-    return -float(values.iloc[0]) if len(values) else math.nan
+    return -float(changes(table, arm, kind).iloc[0])
 
 
 def sft_rise_share(table: pd.DataFrame, kind: str) -> float:
@@ -65,8 +63,6 @@ def falls_less(
     """
     arms, ends = ("extended", than), []
     gaps = {arm: growth(table, arm) for arm in arms}
-    if not all(map(len, gaps.values())):
-        return math.nan
     common = min(gap.max() for gap in gaps.values())
     for arm in arms:
         values = changes(table, arm, kind, metric)
@@ -111,8 +107,8 @@ def lead(table: pd.DataFrame, epoch: int, over: Collection[int] = ()) -> float:
 
     Where `over` names other epochs, minus the largest lead after these.
     """
-    shares = np.sign(scores(table, "extended") - scores(table, "baseline")).mean().to_numpy()
-    leads = dict(zip(JUDGED, shares if len(shares) else [math.nan] * len(JUDGED), strict=True))
+    ours, theirs = (needed(scores(table, arm), what=f"scores of {arm}") for arm in ("extended", "baseline"))
+    leads = dict(zip(JUDGED, np.sign(ours - theirs).mean(), strict=True))
     return float(leads[epoch] - max((leads[other] for other in over), default=0.0))
 
 

@@ -49,7 +49,7 @@ def two_stages(table: pd.DataFrame, sft_epochs: float, epochs: float) -> Figure:
 def _of_arm(table: pd.DataFrame, arm: str, kind: str, metric: str = "logp_sum", design: str = "natural"):
     """Steps and (seeds, steps) of the mean of a metric, as `style.curves`."""
     runs = evidence.of_arm(table, arm, design)
-    seeds = [statistics.curve(run, kind, metric) for _, run in runs.groupby("seed")]
+    seeds = [statistics.mean_over_prompts(run, kind, metric) for _, run in runs.groupby("seed")]
     seeds = [values for values in seeds if len(values)]
     return (seeds[0].index.to_numpy(), np.array([s.to_numpy() for s in seeds])) if seeds else (np.array([]), None)
 
@@ -76,7 +76,7 @@ def at_equal_margin(table: pd.DataFrame) -> Figure:
     fig, axes = plt.subplots(1, len(panels), figsize=(10, 3), sharex=True)
     for ax, (kind, metric) in zip(axes, panels.items(), strict=True):
         for arm, (color, line) in ARM_STYLES.items():
-            for n, (_, run) in enumerate(table.groupby("seed")):
+            for n, (_, run) in enumerate(evidence.of_arm(table, arm).groupby("seed")):
                 gap = evidence.growth(run, arm)
                 which = (kind, metric) if metric else ("chosen", "argmax_logp_sum")
                 values = evidence.changes(run, arm, *which)

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from lddyn.chapters.statistics import BELLS, change, curve, fall, order, rise, sign_delta
+from lddyn.chapters.statistics import BELLS, change, curve, fall, needed, order, rise, sign_delta
 
 
 def sft_chosen_order(table: pd.DataFrame) -> float:
@@ -52,6 +52,7 @@ def generated_reuse(table: pd.DataFrame) -> float:
     """
     rows = table[table.response_type == "greedy"]
     share = rows.pivot_table(index="step", columns="metric", values="value", observed=True)
+    share = needed(share, "prob_reuse_train", "prob_reuse_control")
     change = share.iloc[-1] - share.iloc[0]
     return float(change["prob_reuse_train"] - change["prob_reuse_control"])
 
@@ -84,6 +85,7 @@ def heat_map(table: pd.DataFrame) -> pd.DataFrame:
     Each column is divided by its range. Uses the runs on the probed prompts only (`n_train` equal to the probes).
     """
     used = ("logp_sum", "a_norm_mean", "residual_norm_mean")
+    needed(table, "n_train", "target")
     small = table[(table.n_train == table.n_train.min()) & table.metric.isin(used)]
     whole = pd.DataFrame({target: sign_delta(part, target) for target, part in small.groupby("target", sort=False)})
     return whole / (whole.max() - whole.min())
@@ -98,7 +100,7 @@ def answers_to_new_prompts(answers: pd.DataFrame, count: int = 4) -> pd.DataFram
 
 def fingerprint(table: pd.DataFrame) -> float:
     """Trained on one answer's rephrase, the SignDelta of the other answer's rephrase minus that of the other answer."""
-    cells = heat_map(table)
+    cells = needed(heat_map(table), "chosen_semantic", "rejected_semantic")
     return float(
         np.mean(
             [
@@ -117,7 +119,7 @@ def heat_map_diagonal(table: pd.DataFrame) -> float:
 
 def shuffled_raises_others(table: pd.DataFrame) -> float:
     """Number of other types with a positive SignDelta when shuffled words are trained."""
-    column = heat_map(table)["test_shuffled"].drop("test_shuffled")
+    column = needed(heat_map(table), "test_shuffled")["test_shuffled"].drop("test_shuffled")
     return float((column > 0).sum())
 
 

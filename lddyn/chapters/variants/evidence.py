@@ -90,7 +90,7 @@ def dpo_force_left(table: pd.DataFrame) -> float:
 
 def ipo_margin(table: pd.DataFrame) -> float:
     """Margin per token of the probed training pairs at the end of IPO, nats; its target is 1 / (2 beta)."""
-    gap = wide(_loss(table, "IPO"), "logp_mean")
+    gap = wide(_loss(table, "IPO"), "chosen", "rejected", metric="logp_mean")
     gap = (gap.chosen - gap.rejected).unstack()
     return float((gap.iloc[-1] - gap.iloc[0]).mean())
 
