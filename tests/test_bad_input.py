@@ -98,7 +98,7 @@ CALLS = {
     "pairs that are none": (lambda t, m: dpo.paired([ROW], "swaped"), "did you mean 'swapped'?"),
     "pairs that the data lack": (lambda t, m: dpo.paired([ROW], "rephrase"), "which the data lacks"),
     "probes that are no JSON": (
-        lambda t, m: ProbeSet.from_jsonl((t / "p.jsonl").write_text("{") and t / "p.jsonl"), "not JSON",
+        lambda t, m: ProbeSet.from_jsonl((t / "p.jsonl").write_text("{") and t / "p.jsonl"), "invalid JSON",
     ),
     "images in a broken archive": (
         lambda t, m: images.read_idx((t / "i.gz").write_bytes(b"\x1f\x8b") and t / "i.gz"), "not a complete gzip file",

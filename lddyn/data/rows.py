@@ -147,11 +147,11 @@ def example_of(where: str, row: object, required: Sequence[str], first: Example 
 def joined(prompt: str, response: str) -> str:
     """The response as it follows the prompt: trimmed, after exactly one space.
 
-    Where a line break or a tab stands between them, as in code, it stays as it is.
+    After a prompt that ends with a line break or a tab, as in code, it stays as it is.
     """
-    own = response[: len(response) - len(response.lstrip())]
-    verbatim = (prompt[-1:].isspace() and prompt[-1] != " ") or own.strip(" ")
-    return response if verbatim else response.strip() if prompt[-1:] == " " else " " + response.strip()
+    if prompt[-1:].isspace():
+        return response.strip() if prompt[-1] == " " else response
+    return " " + response.strip()
 
 
 def is_text(text: str) -> bool:

@@ -242,7 +242,8 @@ def padded(sequences: list[list[int]], device) -> tuple[Tensor, Tensor]:
 @cache
 def cache_keyword(kind: type) -> str:
     """What the `forward` of this class of models calls keys and values: `cache` from transformers 5.24 on."""
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+    forwards = [inspect.signature(c.forward) for c in kind.__mro__ if "forward" in vars(c)]  # one may pass on **kwargs
+    return "cache" if any("cache" in f.parameters for f in forwards) else "past_key_values"
 
 
 def _rows_of(keys_values: DynamicCache, rows: Tensor) -> DynamicCache:

@@ -305,7 +305,7 @@ def test_leading_space_and_end_of_text_are_the_same_for_all_types(tokenizer):
     assert ids[0] == ids[1] == ids[2]
     assert tokenizer.decode(ids[0]) == " the cat<|end|>"
     after_space = ProbeSet(["why? "], texts).encode(tokenizer)
-    assert tokenizer.decode(after_space.responses["chosen"][0]) == "the cat<|end|>"
+    assert tokenizer.decode(after_space.prompts[0] + after_space.responses["chosen"][0]) == "why? the cat<|end|>"
 
 
 def test_prompt_keeps_its_end_and_response_its_start(tokenizer):
@@ -343,12 +343,12 @@ GOOD = {"prompt": "why?", "chosen": "because", "rejected": "no"}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", "not JSON"),
-        ("[1]", "not an object"),
+        ("{", "invalid JSON"),
+        ("[1]", "not a JSON object"),
         (json.dumps({"chosen": "a"}), "no field 'prompt'"),
         (json.dumps({"prompt": "a", "chosen": "b"}), "no field 'rejected'"),
-        (json.dumps(GOOD | {"rejected": "  "}), "'rejected' must be text that is not empty, not '  '"),
-        (json.dumps(GOOD | {"chosen": 3}), "'chosen' must be text that is not empty, not 3"),
+        (json.dumps(GOOD | {"rejected": "  "}), "rejected is empty"),
+        (json.dumps(GOOD | {"chosen": 3}), "chosen is of type int, not a text"),
         (json.dumps(GOOD | {"rejected": " because"}), "chosen and rejected are equal"),
         (json.dumps(GOOD | {"unrelated": "x"}), "field 'unrelated', which the first row does not have"),
     ],
@@ -362,25 +362,25 @@ def test_bad_row_is_named_with_file_and_line(tmp_path, row, message):
 
 
 def test_missing_or_useless_file_is_one_clear_line(tmp_path):
-    with pytest.raises(InputError, match="cannot read probes"):
+    with pytest.raises(InputError, match="cannot read .*nothing.jsonl: No such file"):
         ProbeSet.from_jsonl(tmp_path / "nothing.jsonl")
     (tmp_path / "a.jsonl").write_text('{"prompt": "why?", "chosen_selfr": "x"}\n')
     with pytest.raises(InputError, match=r"line 1: no response \(allowed: chosen, "):
         ProbeSet.from_jsonl(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(GOOD | {"prompt_id": "x"}) for _ in "ab"))
-    with pytest.raises(InputError, match="the same prompt_id twice, 'x'"):
+    with pytest.raises(InputError, match=r"line 2: the id 'x' again, which .*line 1 has"):
         ProbeSet.from_jsonl(tmp_path / "b.jsonl")
 
 
 def test_line_separator_inside_a_text_does_not_end_the_row(tmp_path):
     row = GOOD | {"chosen": "one\u2028two"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
-    assert ProbeSet.from_jsonl(tmp_path / "a.jsonl").responses["chosen"] == ["one\u2028two"]
+    assert ProbeSet.from_jsonl(tmp_path / "a.jsonl").responses["chosen"] == [" one\u2028two"]
 
 
 def test_skipped_rows_are_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(["{", json.dumps(GOOD | {"id": 7}), json.dumps(GOOD | {"chosen": ""})]))
-    with pytest.warns(UserWarning, match=r"skipped 2 bad rows; the first: .*line 1: not JSON"):
+    with pytest.warns(UserWarning, match=r"skipped 2 bad rows; the first: .*line 1: invalid JSON"):
         probe_set = ProbeSet.from_jsonl(tmp_path / "a.jsonl", skip_bad_rows="rows")
     assert probe_set.prompt_ids == ["7"] and probe_set.prompts == ["why?"]
 
@@ -394,7 +394,7 @@ def test_authors_names_become_ours(tmp_path):
 
 @pytest.mark.skipif(not AUTHORS.exists(), reason="the authors' data is not here")
 def test_the_authors_file_has_all_twelve_types():
-    with pytest.raises(InputError, match="line 7: 'chosen_initial' must be text"):
+    with pytest.raises(InputError, match="line 7: chosen_initial is empty"):
         ProbeSet.from_jsonl(AUTHORS)
     with pytest.warns(UserWarning, match="skipped 22 bad rows"):
         probe_set = ProbeSet.from_jsonl(AUTHORS, skip_bad_rows="rows")
