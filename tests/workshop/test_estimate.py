@@ -93,6 +93,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_memory_of_a_training_step_is_as_estimated(monkeypatch):
     """The peak of a process, which also has what the allocator keeps: within 40%."""

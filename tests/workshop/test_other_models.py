@@ -31,11 +31,12 @@ def data(pairs, jsonl):
 
 def example(command, **environment):
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run(command, capture_output=True, text=True, cwd=store.ROOT, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=store.ROOT, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+@pytest.mark.slow
 def test_three_lines_in_a_trl_script_give_curves_and_scorecard(model_folder, data, tmp_path):
     model = str(model_folder("llama"))
     out = example([sys.executable, EXAMPLES / "my_trainer.py", model, str(data), str(tmp_path / "mine")])
@@ -44,6 +45,7 @@ def test_three_lines_in_a_trl_script_give_curves_and_scorecard(model_folder, dat
     assert "<svg" in html and "http" not in html.split("</svg>")[1] and "one seed" in html
 
 
+@pytest.mark.slow
 def test_own_pairs_gain_rephrasings_and_another_model_is_one_parameter(model_folder, data, serve):
     def answer(path, headers, body):
         text = json.loads(body)["messages"][0]["content"].split("Text: ")[1].split("\n")[0]
@@ -110,6 +112,7 @@ def plan(model_folder, data, tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", sweep.ENGINES)
 def test_every_engine_gives_the_same_table(plan, engine, tmp_path):
     if engine != "processes":

@@ -62,7 +62,7 @@ def launched(words, tmp_path, program=("-m", "lddyn"), **environment):
     options = [w for key, value in words.items() for w in ("--set", key, str(value))]
     environment = os.environ | {"LDDYN_RUNS": str(tmp_path / "of-two"), "OMP_NUM_THREADS": "1"} | environment
     command += ["train", *options]
-    return subprocess.run(command, capture_output=True, text=True, cwd=store.ROOT, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=store.ROOT, env=environment, timeout=600)
 
 
 def fsdp2() -> dict[str, str]:
@@ -73,6 +73,7 @@ def fsdp2() -> dict[str, str]:
     return words | {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": config["mixed_precision"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_two_processes_give_the_numbers_of_one_and_one_record(small, tmp_path, method, sharded):
@@ -194,6 +195,7 @@ def test_what_a_launcher_asks_for_in_vain_is_refused_in_one_line(monkeypatch, ca
     assert len(lines) == 1 and message in lines[0]
 
 
+@pytest.mark.slow
 def test_nothing_is_sharded_without_a_gpu_and_that_is_said(small, tmp_path):
     done = launched(small, tmp_path, **fsdp2())
     assert done.returncode and "lddyn: accelerate shards on GPUs only" in done.stderr
