@@ -6,6 +6,7 @@ A statistic takes the table of one seed. What it needs and the table lacks it sa
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ def needed(rows, *columns: str, what: str = "rows"):
     return rows
 
 
-def by_setting(table: pd.DataFrame, name: str) -> dict[object, pd.DataFrame]:
+def by_setting(table: pd.DataFrame, name: str) -> dict[Any, pd.DataFrame]:
     """The rows of the runs with each value of a setting; raises `NotMeasured` where they do not differ in it."""
     groups = dict(list(table.groupby(name, observed=True))) if name in table else {}
     return needed(groups if len(groups) > 1 else {}, what=f"runs that differ in {name}")

@@ -22,15 +22,13 @@ SCALES = ("smoke", "laptop", "paper")
 
 
 def fingerprint(notebook: Path, scale: str) -> str:
-    """Hash of all that decides what an executed notebook shows: its source, scale, and the chapter's rules; the code
-    that it and they reach, and the libraries."""
+    """Hash of all that decides what an executed notebook shows: its source, scale and rules, the code that they reach,
+    and the libraries."""
     cells = json.loads(notebook.read_text())["cells"]
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     rules = claims.of_chapter(notebook.stem)
-    parts = [
-        (part.get("chapter", rule["chapter"]), part["statistic"]) for rule in rules for part in rule.get("parts", [])
-    ]
-    judged = [claims.statistic(*part) for part in parts]
+    measured = [part for rule in rules for part in claims.parts(rule) if part["chapter"] == notebook.stem]
+    judged = [claims.statistic(part["chapter"], part["statistic"]) for part in measured]
     reached = reach.of_code(code, *((f.__module__, f.__name__) for f in judged))
     parts = [notebook.read_text(), scale, json.dumps(rules), json.dumps(reached)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -362,7 +362,7 @@ def test_bad_row_is_named_with_file_and_line(tmp_path, row, message):
 
 
 def test_missing_or_useless_file_is_one_clear_line(tmp_path):
-    with pytest.raises(InputError, match="cannot read .*nothing.jsonl: No such file"):
+    with pytest.raises(InputError, match=r"cannot read .*nothing\.jsonl: No such file"):
         ProbeSet.from_jsonl(tmp_path / "nothing.jsonl")
     (tmp_path / "a.jsonl").write_text('{"prompt": "why?", "chosen_selfr": "x"}\n')
     with pytest.raises(InputError, match=r"line 1: no response \(allowed: chosen, "):
