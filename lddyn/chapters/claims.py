@@ -48,7 +48,7 @@ def statistic(chapter: str, name: str) -> Callable[..., float]:
         own = import_module(f"lddyn.chapters.{room(chapter)}.evidence")
     except ModuleNotFoundError:
         raise InputError(f"there is no chapter {chapter!r}") from None
-    found = getattr(own, name, None) or getattr(statistics, name, None)
+    found = getattr(own, name, None) or getattr(import_module("lddyn.chapters.statistics"), name, None)
     if not callable(found):
         raise InputError(f"chapter {chapter} has no statistic {name!r}")
     return found

@@ -102,9 +102,8 @@ def sign_delta(table: pd.DataFrame, target: str) -> pd.Series:
     residual = curve(table, trained, "residual_norm_mean", target=target)
     sums = {}
     for kind in table.response_type.astype("category").cat.categories:
-        logp = mean_over_prompts(table, kind, target=target)
-        if len(logp):
-            a_norm = curve(table, kind, "a_norm_mean", target=target)
+        logp, a_norm = (mean_over_prompts(table, kind, m, target=target) for m in ("logp_sum", "a_norm_mean"))
+        if len(logp) and len(a_norm):  # a greedy answer has no peakiness
             delta = logp.diff() / np.sqrt(a_norm.shift()) / residual.shift()
             sums[kind] = delta.iloc[1:].ewm(alpha=0.1, adjust=False).mean().sum()
     return pd.Series(sums)
