@@ -21,26 +21,37 @@ TEXT = "Question: Which test compares the means of two groups?\nAnswer: Use the 
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
+def tokenizer_of():
+    """A function from texts and special tokens, end of text first and padding second, to a byte-level tokenizer."""
+
+    def build(texts: list[str], *special: str, vocab_size: int = 30_000):
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        every_byte = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(special), **every_byte)
+        bpe.train_from_iterator(texts, trainer)
+        ends = dict(zip(("eos_token", "pad_token"), special, strict=False))
+        return PreTrainedTokenizerFast(tokenizer_object=bpe, **ends)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer_of):
     """A function from an architecture of `SHAPES` to the folder of a small random model with a byte-level tokenizer."""
 
     @cache
     def build(architecture: str):
         import torch
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-        from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         folder = tmp_path_factory.mktemp(architecture)
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        special = ["<|endoftext|>", "<|pad|>"]
-        every_byte = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=every_byte, show_progress=False)
-        bpe.train_from_iterator([TEXT], trainer)
-        PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[0], pad_token=special[1]).save_pretrained(
-            folder
-        )
-        common = {"hidden_size": 32, "vocab_size": bpe.get_vocab_size(), "max_position_embeddings": 256}
+        tokenizer = tokenizer_of([TEXT], "<|endoftext|>", "<|pad|>")
+        tokenizer.save_pretrained(folder)
+        common = {"hidden_size": 32, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
         ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
         config = AutoConfig.for_model(architecture, **common, **ids, **SHAPES[architecture])
         with torch.random.fork_rng(devices=[]):

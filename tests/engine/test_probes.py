@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -72,13 +72,8 @@ def values(table, metric):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<|end|>"], initial_alphabet=alphabet)
-    bpe.train_from_iterator(WORDS * 5, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
+def tokenizer(tokenizer_of):
+    return tokenizer_of(WORDS * 5, "<|end|>", vocab_size=VOCAB)
 
 
 # --- the engine --------------------------------------------------------------------------------------------

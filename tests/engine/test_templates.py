@@ -3,8 +3,7 @@
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from lddyn import InputError
@@ -36,15 +35,14 @@ DIALOGUES = [[USER], [SYSTEM, USER], [USER, ANSWER, MORE], [SYSTEM, USER, ANSWER
 CHOSEN, REJECTED = "Use the two-sample test.", "No idea, sorry."
 
 
-def tokenizer_with(template: str | None):
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([CHOSEN, REJECTED, "Which test? Be brief."], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=SPECIAL[0], pad_token=SPECIAL[1])
-    tokenizer.chat_template = template
-    return tokenizer
+@pytest.fixture
+def tokenizer_with(tokenizer_of):
+    def build(template: str | None):
+        tokenizer = tokenizer_of([CHOSEN, REJECTED, "Which test? Be brief."], *SPECIAL)
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return build
 
 
 def tiny(tokenizer):
@@ -57,7 +55,7 @@ def message(text: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_our_token_ids_are_those_of_trl(name, tmp_path):
+def test_our_token_ids_are_those_of_trl(name, tmp_path, tokenizer_with):
     tokenizer = tokenizer_with(TEMPLATES[name])
     common = {"report_to": "none", "use_cpu": True, "bf16": False, "max_length": None, "output_dir": str(tmp_path)}
     pairs = [{"prompt": turns, "chosen": message(CHOSEN), "rejected": message(REJECTED)} for turns in DIALOGUES]
@@ -79,7 +77,7 @@ def test_our_token_ids_are_those_of_trl(name, tmp_path):
         assert (row["input_ids"], row["labels"]) == (theirs["input_ids"], theirs["labels"])
 
 
-def test_a_plain_prompt_becomes_a_message_of_the_user_only_where_that_is_asked_for():
+def test_a_plain_prompt_becomes_a_message_of_the_user_only_where_that_is_asked_for(tokenizer_with):
     tokenizer = tokenizer_with(TEMPLATES["ChatML"])
     probes = ProbeSet(["Which test?"], {"chosen": [CHOSEN]})
     plain, chat = probes.encode(tokenizer), probes.encode(tokenizer, format="chat")
@@ -90,7 +88,7 @@ def test_a_plain_prompt_becomes_a_message_of_the_user_only_where_that_is_asked_f
     assert tokenizer.decode(flat.prompts[0]) == "Human: Which test?\nAssistant:"
 
 
-def test_chat_without_a_template_and_unknown_formats_are_one_line():
+def test_chat_without_a_template_and_unknown_formats_are_one_line(tokenizer_with):
     probes = ProbeSet(["Which test?"], {"chosen": [CHOSEN]})
     with pytest.raises(InputError, match="needs a tokenizer with a chat template"):
         probes.encode(tokenizer_with(None), format="chat")
@@ -103,7 +101,7 @@ def test_chat_without_a_template_and_unknown_formats_are_one_line():
         ProbeSet([Dialogue([SYSTEM, USER])], {"chosen": [CHOSEN]}).encode(refuses)
 
 
-def test_an_answer_ends_where_the_template_ends_a_turn():
+def test_an_answer_ends_where_the_template_ends_a_turn(tokenizer_with):
     tokenizer = tokenizer_with(TEMPLATES["ChatML"])
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert ends_of_turn(tokenizer, ["Which test?"], "chat") == {end} and not ends_of_turn(tokenizer, ["Which test?"])

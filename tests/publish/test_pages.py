@@ -9,7 +9,6 @@ from lddyn.publish import pages
 
 @pytest.fixture
 def generated(tmp_path, monkeypatch):
-    monkeypatch.setenv("LDDYN_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(pages, "GENERATED", tmp_path / "generated")
     return tmp_path / "generated"
 
