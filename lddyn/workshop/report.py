@@ -122,6 +122,10 @@ def page(runs: Sequence[store.Run], method: str) -> str:
     facts += [f"{name} {value}" for name, value in runs[0].manifest["parameters"].items() if name in ("lr", "seed")]
     facts += [f"{name} {version}" for name, version in runs[0].manifest["versions"].items()]
     facts.append(f"finished {runs[0].manifest['finished']}")
+    first = runs[0].manifest.get("since", 0)
+    since = f"step {first}, before which nothing was measured" if first else "the start of this training"
+    cautions = dict.fromkeys(message for run in runs for message in run.manifest.get("cautions", []))
+    told = "".join(f"<p><strong>Caution.</strong> {escape(message)}</p>" for message in cautions)
     who = ", ".join(run.folder.name for run in runs)
     image = svg.getvalue()
     return f"""<!DOCTYPE html>
@@ -130,7 +134,7 @@ def page(runs: Sequence[store.Run], method: str) -> str:
 <h1>Learning dynamics of {escape(who)}</h1>
 <p>{escape(" · ".join(facts))}</p>
 <h2>Curves</h2>
-<p>Mean over the probed prompts, summed over the tokens of a response, since the start of this training.</p>
+<p>Mean over the probed prompts, summed over the tokens of a response, since {since}.</p>{told}
 <div role="img" aria-label="Change of log-probability of each kind of response over training">{
         image[image.index("<svg") :]
     }
