@@ -49,6 +49,12 @@ def files(chosen) -> dict[str, Path]:
     return models.inputs(base_model(chosen)) | preferences.inputs(chosen.data)
 
 
+def examples(s) -> tuple[list[responses.Example], list[responses.Example]]:
+    """Training and test examples, of settings with `data`, `n_train` and `skip_bad_rows`."""
+    train_set = preferences.load(s.data, "train", s.n_train, s.skip_bad_rows)
+    return train_set, preferences.load(s.data, "test", skip_bad_rows=s.skip_bad_rows)
+
+
 def probe_set(
     model,
     tokenizer,
@@ -144,6 +150,7 @@ class Stages:
     max_response: int
     device: str
     dtype: str
+    skip_bad_rows: str = "no"
     clip: float = 10.0
 
 
@@ -160,7 +167,7 @@ def stages(work: Path, s: Stages) -> pd.DataFrame:
     in `model-2/` and so on beside the table.
     """
     lm, tokenizer = models.read(s.model, device=s.device, dtype=s.dtype)
-    examples = preferences.load(s.data, "train", limit=s.n_train)
+    examples = preferences.load(s.data, "train", s.n_train, s.skip_bad_rows)
     prompts, chosen = ([e[field] for e in examples] for field in ("prompt", "chosen"))
     rows = sft_rows(tokenizer, prompts, chosen, **lengths(s))
     ids = [f"train/{e['id']}" for e in examples[: s.n_probe]]

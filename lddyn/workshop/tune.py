@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 
 from lddyn import InputError, unknown
-from lddyn.data import preferences
 from lddyn.engine import models, recipe, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.settings import derive, lengths
@@ -89,8 +88,7 @@ def tune(work: Path, s: Tune) -> pd.DataFrame:
     quiet()
     one_pass = share_of_batch(s.batch_size, s.accumulation, world)
     lm, tokenizer = models.read(s.model, device=s.device, dtype=s.dtype)
-    splits = (("train", s.n_train), ("test", None))
-    examples, test_set = (preferences.load(s.data, split, limit, s.skip_bad_rows) for split, limit in splits)
+    examples, test_set = recipe.examples(s)
     probed = recipe.probe_set(lm, tokenizer, examples, test_set, s)
     if s.start:
         lm, tokenizer = models.read(s.start, device=s.device, dtype=s.dtype)

@@ -2,6 +2,7 @@ import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -90,7 +91,8 @@ def test_unknown_pairs_and_measure_name_the_nearest(tmp_path, model_folder, data
 
 
 def test_probes_see_the_pair_that_is_trained_on(tmp_path, data):
-    path = dpo.write_pairs(tmp_path / "pairs.jsonl", data, "rephrase", n_train=6)
+    given = {"data": data, "n_train": 6, "pairs": "rephrase", "skip_bad_rows": "no"}
+    path = dpo.write_pairs(tmp_path / "pairs.jsonl", SimpleNamespace(**given))
     train, test = preferences.load(path, "train"), preferences.load(path, "test")
     assert len(train) == 6 and len(test) == 4
     assert all(e["rejected"] == e["chosen_semantic"] for e in [*train, *test])

@@ -80,6 +80,7 @@ class Chapter:
     first_seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    skip_bad_rows: str = "no"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Follow:
     max_response: int
     device: str
     dtype: str
+    skip_bad_rows: str = "no"
     method: str = "sft"  # or dpo
     stage: str = ""
     adapter: str = "none"  # or lora
@@ -138,9 +140,9 @@ def dpo_grid(c: Chapter, stage: store.Run) -> list[Follow]:
     return [replace(before, method="dpo", stage=str(stage.folder), **how)] if before.whole else []
 
 
-def drawn(data: str, count: int, seed: int) -> list[responses.Example]:
+def drawn(data: str, count: int, seed: int, skip_bad_rows: str = "no") -> list[responses.Example]:
     """Training examples that depend on the seed: these runs are small, and should not all be about the same few."""
-    everything = preferences.load(data, "train")
+    everything = preferences.load(data, "train", None, skip_bad_rows)
     return [everything[i] for i in np.random.default_rng(seed).permutation(len(everything))[:count]]
 
 
@@ -367,8 +369,9 @@ def follow(work: Path, s: Follow) -> pd.DataFrame:
     for checkpoint in work.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     base, tokenizer = models.read(s.model, device=s.device, dtype=s.dtype)
-    examples = drawn(s.data, s.n_train, s.seed)
-    probed = recipe.probe_set(base, tokenizer, examples, preferences.load(s.data, "test"), s)
+    examples = drawn(s.data, s.n_train, s.seed, s.skip_bad_rows)
+    test_set = preferences.load(s.data, "test", None, s.skip_bad_rows)
+    probed = recipe.probe_set(base, tokenizer, examples, test_set, s)
     lm = models.read(str(Path(s.stage) / "model"), device=s.device, dtype=s.dtype)[0] if s.stage else base
     lm = with_adapters(lm, 8, s.seed) if s.adapter == "lora" else lm
     texts = [[e[field] for e in examples] for field in ("prompt", "chosen", "rejected")]

@@ -78,6 +78,7 @@ class Chapter:
     loss: str = "sigmoid"
     device: str = "cpu"
     dtype: str = "float32"
+    skip_bad_rows: str = "no"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Align:
     account: int
     device: str
     dtype: str
+    skip_bad_rows: str = "no"
     clip: float = 10.0
 
 
@@ -132,17 +134,17 @@ def grid(c: Chapter, stage: store.Run) -> list[Align]:
     once = {"n_train": min(c.few, c.n_train), "epochs": 1, "evaluations": c.few_evaluations}
     short = replace(whole, **once, lr=c.few_lr, sft_epochs=c.sft_short, measure="paths", generate=0, account=0)
     slow = {"lr": c.few_lr / 4}
-    (first,) = preferences.load(c.data, "train", limit=1)
+    (first,) = preferences.load(c.data, "train", 1, c.skip_bad_rows)
     kinds = [kind for kind, source in PAIRS.items() if source in first]
     cells = [{"pairs": kind} | cell for kind in kinds for cell in ({}, {"sft_epochs": c.sft_long}, slow)]
     cells += [{"sft_epochs": 0}, {"beta": c.beta * 5}, {"beta": c.beta * 5} | slow]
     return [whole, *(replace(short, **cell) for cell in cells)]
 
 
-def write_pairs(path: Path, data: str, pairs: str, n_train: int) -> str:
+def write_pairs(path: Path, s: Align) -> str:
     """Write training and test examples with these pairs to a JSON Lines file that `preferences.load` reads."""
-    splits = {"train": preferences.load(data, "train", limit=n_train), "test": preferences.load(data, "test")}
-    rows = pd.DataFrame([e | {"split": split} for split, part in splits.items() for e in paired(part, pairs)])
+    splits = dict(zip(("train", "test"), recipe.examples(s), strict=True))
+    rows = pd.DataFrame([e | {"split": split} for split, part in splits.items() for e in paired(part, s.pairs)])
     store.write_atomically(path, lambda p: rows.to_json(p, orient="records", lines=True))
     return str(path)
 
@@ -236,8 +238,8 @@ def align(work: Path, s: Align) -> pd.DataFrame:
     """
     if s.measure not in MEASURE:
         raise unknown("measure", s.measure, MEASURE)
-    data = s.data if s.pairs == "as_written" else write_pairs(work / "pairs.jsonl", s.data, s.pairs, s.n_train)
-    examples, test_set = preferences.load(data, "train", limit=s.n_train), preferences.load(data, "test")
+    data = s.data if s.pairs == "as_written" else write_pairs(work / "pairs.jsonl", s)
+    examples, test_set = recipe.examples(replace(s, data=data))
     start = str(Path(s.stage) / f"model-{s.sft_epochs}") if s.sft_epochs else s.model
     lm, tokenizer = models.read(start, device=s.device, dtype=s.dtype)
     kinds = MEASURE[s.measure]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lddyn import InputError, unknown
 from lddyn.chapters.extend.design import ARMS, MAIN, OTHER_DESIGNS
-from lddyn.data import preferences, world
+from lddyn.data import world
 from lddyn.engine import models, recipe, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import ProbeSet
@@ -81,6 +81,7 @@ class Chapter:
     first_world_seed: int = 30
     device: str = "cpu"
     dtype: str = "float32"
+    skip_bad_rows: str = "no"
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Follow:
     judgements: int
     device: str
     dtype: str
+    skip_bad_rows: str = "no"
     clip: float = 10.0
 
 
@@ -182,7 +184,7 @@ def follow(work: Path, s: Follow) -> pd.DataFrame:
     if s.arm not in ARMS:
         raise unknown("arm", s.arm, ARMS)
     lm, tokenizer = models.read(s.model, device=s.device, dtype=s.dtype)
-    examples, test = preferences.load(s.data, "train", limit=s.n_train), preferences.load(s.data, "test")
+    examples, test = recipe.examples(s)
     probed = recipe.probe_set(lm, tokenizer, examples, test, s, KINDS)
     rising = sft(work / "sft", lm, tokenizer, examples, probed, s)
 

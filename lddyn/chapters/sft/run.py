@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from lddyn import unknown
-from lddyn.data import preferences, responses, reuse
+from lddyn.data import responses, reuse
 from lddyn.engine import models, recipe, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.settings import choose, derive, lengths
@@ -42,6 +42,7 @@ class Chapter:
     loss: str = "sequence_sum"
     device: str = "cpu"
     dtype: str = "float32"
+    skip_bad_rows: str = "no"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Finetune:
     generate: int
     device: str
     dtype: str
+    skip_bad_rows: str = "no"
     clip: float = 10.0
 
 
@@ -95,7 +97,7 @@ def finetune(work: Path, s: Finetune) -> pd.DataFrame:
     table, the answers in `answers.json`. An interrupted run continues from its last checkpoint.
     """
     lm, tokenizer = models.read(s.model, device=s.device, dtype=s.dtype)
-    examples, test_set = preferences.load(s.data, "train", limit=s.n_train), preferences.load(s.data, "test")
+    examples, test_set = recipe.examples(s)
     probed = recipe.probe_set(lm, tokenizer, examples, test_set, s)
     texts = responses.response_types(examples, test_set, seed=s.seed)
     if s.target not in texts:
