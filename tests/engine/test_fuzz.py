@@ -6,7 +6,10 @@
 import copy
 import os
 import random
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -14,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lddyn import Caution, InputError
-from lddyn.engine import models
+from lddyn.engine import models, store
 from lddyn.engine.probe_set import Encoded
 from lddyn.engine.probes import measure
 
@@ -181,3 +184,22 @@ def test_a_frozen_copy_is_the_model(tmp_path, architecture, dtype):
     ids = torch.arange(5, 305).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(models.snapshot(model)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.slow
+def test_a_copy_gathered_from_two_processes_is_the_model():
+    some = "cohere2,gemma2,gemma3_text,gpt2,gpt_neox,gpt_oss,llama,mistral,opt,phi3,qwen2,qwen3"
+    script = Path(__file__).with_name("gathered.py")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+        some,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{store.ROOT}:{script.parent}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
