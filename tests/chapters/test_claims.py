@@ -79,7 +79,14 @@ def test_what_a_training_lacks_is_not_measured_and_no_error(column):
 def test_sign_delta_is_measured_in_a_table_of_plain_texts_too():
     plain = one_training().astype({"response_type": str, "metric": str, "prompt_id": str})
     measured = {"chapter": "05_dpo", "statistic": "sign_delta_of_chosen", "holds": "> 0", "says": "SignDelta"}
-    assert claims.judge(measured, [plain])["ours"] == claims.judge(measured, [one_training()])["ours"] is not None
+    whole = one_training()
+    assert claims.judge(measured, [plain])["ours"] == claims.judge(measured, [whole])["ours"] is not None
+
+
+def test_greedy_answers_which_have_no_peakiness_do_not_hide_sign_delta():
+    table = one_training()
+    table = table[(table.response_type != "greedy") | (table.metric != "a_norm_mean")]
+    assert np.isfinite(statistics.sign_delta(table, "chosen")["chosen"])
 
 
 def test_a_mistake_in_a_statistic_is_an_error_and_not_called_unmeasured(monkeypatch):
