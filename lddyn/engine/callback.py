@@ -112,8 +112,10 @@ class ProbeCallback(TrainerCallback):
 
     def _continue(self, args, state, model) -> None:
         """After a resumption: the rows of the checkpoint, or of `output_dir`; without either the table begins here."""
-        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "probes.parquet"
-        if saved.exists():
+        named = args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else args.output_dir
+        places = (Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(named))
+        saved = next((p / "probes.parquet" for p in places if (p / "probes.parquet").exists()), None)
+        if saved:
             whole = pd.read_parquet(saved)
             self.parts = [part for _, part in whole.groupby("step")]
         elif self.output_dir:

@@ -58,7 +58,7 @@ def expected(names: Iterable[str], scale: str) -> str:
     if scale not in recorded["seconds"]:
         return "which takes a GPU hours to days"
     rate = estimate.measured_rate("cpu", bf16=False) / 1e9
-    minutes = sum(recorded["seconds"][scale][name] for name in names) * recorded["gflops"] / rate / 60
+    minutes = sum(recorded["seconds"][scale].get(name, 60) for name in names) * recorded["gflops"] / rate / 60
     return f"about {max(minutes, 1):.0f} min here ({rate:.0f} GFLOP/s), less where runs are cached"
 
 
