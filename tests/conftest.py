@@ -62,6 +62,11 @@ def model_folder(tmp_path_factory, tokenizer_of):
     return build
 
 
+def pytest_collection_modifyitems(items):
+    """What takes long starts first, so that the other process is not idle at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def runs_folder(tmp_path, monkeypatch):
     """The runs of a test go to a folder of its own, whatever ran before or runs beside it."""
