@@ -13,6 +13,7 @@ import yaml
 from lddyn.engine import store
 from lddyn.publish import pages
 
+pytestmark = pytest.mark.slow
 SCRIPT = """
 import json
 from lddyn.engine import cache, reach
@@ -63,13 +64,11 @@ def stale_after(clone: Path, before: dict, *edits: tuple[str, str, str]) -> tupl
     return tuple([n for n in before[kind] if before[kind][n] != after[kind][n]] for kind in ("notebooks", "runs"))
 
 
-@pytest.mark.slow
 def test_a_colour_of_one_chapter_runs_one_notebook_and_no_run(clone, before):
     edit = ("lddyn/chapters/dpo/figures.py", "color=GREY", "color=BLUE")
     assert stale_after(clone, before, edit) == (["05_dpo"], [])
 
 
-@pytest.mark.slow
 def test_a_rule_makes_only_the_notebooks_stale_that_it_judges(clone, before):
     rules = yaml.safe_load((store.ROOT / "book" / "claims.yml").read_text())
     own = next(rule for rule in rules if {p.get("chapter", rule["chapter"]) for p in rule["parts"]} == {"06_variants"})
@@ -77,7 +76,6 @@ def test_a_rule_makes_only_the_notebooks_stale_that_it_judges(clone, before):
     assert stale_after(clone, before, edit) == (["06_variants"], [])
 
 
-@pytest.mark.slow
 def test_words_of_the_status_the_cache_and_docstrings_make_nothing_stale(clone, before):
     edits = (
         ("lddyn/publish/status.py", '"damaged"', '"broken"'),
@@ -87,7 +85,6 @@ def test_words_of_the_status_the_cache_and_docstrings_make_nothing_stale(clone, 
     assert stale_after(clone, before, *edits) == ([], [])
 
 
-@pytest.mark.slow
 def test_the_engine_makes_those_runs_stale_that_reach_it(clone, before):
     notebooks, runs = stale_after(clone, before, ("lddyn/engine/probes.py", '"cpu": 2048', '"cpu": 1024'))
     assert runs == ["sft", "dpo", "extend"] and "01_mnist" not in notebooks and "03_sft" in notebooks
