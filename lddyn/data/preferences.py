@@ -45,7 +45,7 @@ def load(
 
 
 def inputs(data: str) -> dict[str, Path]:
-    """The file that a source is read from, for `records.run`; none for the hub."""
+    """The file that a source is read from, for `cache.run`; none for the hub."""
     path = BUILTIN if data == "builtin" else Path(data)
     return {"preferences": path} if path.is_file() else {}
 

@@ -10,7 +10,7 @@ from lddyn import Caution, InputError, unknown
 
 RESPONSE_TYPES = {  # our name: the names in the authors' files
     "chosen": (),
-    "chosen_initial": (),  # sampled from the untouched model, by lddyn.probes
+    "chosen_initial": (),  # sampled from the untouched model, by lddyn.engine.recipe
     "chosen_semantic": ("chosen_gptsemantic",),
     "chosen_format": ("chosen_gptformat",),
     "rejected": (),

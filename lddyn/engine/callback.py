@@ -1,8 +1,10 @@
-"""Anyone's trainer gains the paper's curves with three lines:
+"""The callback: anyone's trainer gains the paper's curves with three lines.
 
-probes = ProbeSet.from_jsonl("my_prompts.jsonl")
-callback = ProbeCallback(probes, every=25, output_dir="runs/mine")
-trainer = DPOTrainer(..., callbacks=[callback])
+    probes = ProbeSet.from_jsonl("my_prompts.jsonl")
+    callback = ProbeCallback(probes, every=25, output_dir="runs/mine")
+    trainer = DPOTrainer(..., callbacks=[callback])
+
+It observes: once training has begun it never ends it.
 """
 
 import shutil
@@ -91,10 +93,8 @@ class ProbeCallback(TrainerCallback):
             with self._watching("the end"):
                 self._measure(args, state, model)
         if self.output_dir and state.is_world_process_zero and self.parts:
-            try:
+            with self._watching("writing"):
                 self._write(args, state)
-            except Exception as error:  # a full disk, say; the parts are there
-                self._stop("writing", error)
 
     @contextmanager
     def _watching(self, where: str) -> Iterator[None]:

@@ -63,6 +63,7 @@ def _decode(model, tokenizer, prompts, choose, max_new_tokens, max_prompt, batch
     encoded = [probe_set.encode_prompt(tokenizer, prompt, max_prompt, format) for prompt in prompts]
     end, results = tokenizer.eos_token_id, {}
     ends = {end, *probe_set.ends_of_turn(tokenizer, prompts, format)}
+    stops = torch.tensor(sorted(ends), device=model.device)
     keyword = probes.cache_keyword(type(probes.unwrapped(model)))
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     with probes.probing(model):
@@ -82,7 +83,7 @@ def _decode(model, tokenizer, prompts, choose, max_new_tokens, max_prompt, batch
                 ids = choose(logits, rows, step).unsqueeze(1)
                 tokens.append(ids)
                 logps.append(token_stats(logits, ids.squeeze(1)).logp)
-                if torch.isin(torch.cat(tokens, 1), torch.tensor(sorted(ends), device=ids.device)).any(1).all():
+                if torch.isin(torch.cat(tokens, 1), stops).any(1).all():
                     break
                 mask = torch.cat([mask, torch.ones_like(ids)], 1)
                 positions = positions[:, -1:] + 1

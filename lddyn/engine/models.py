@@ -92,7 +92,7 @@ def read(
 
 
 def inputs(model: str = "builtin", size: str = "small", seed: int = 0) -> dict[str, Path]:
-    """The files of a model, for `records.run`; none for a hub id, which names them. Pre-trains "builtin" if need be."""
+    """The files of a model, for `cache.run`; none for a hub id, which names them. Pre-trains "builtin" if need be."""
     folder = builtin(size, seed) if model == "builtin" else Path(model)
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return {file.name: file for file in files if file.suffix in (".json", ".safetensors")}

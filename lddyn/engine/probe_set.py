@@ -1,7 +1,9 @@
 """What is probed: prompts with twelve kinds of response, as text and as token ids (sections 4.1, 4.2, appendix D).
 
-probes = ProbeSet.from_jsonl("my_prompts.jsonl")
-table = measure(model, probes.encode(tokenizer))
+    probes = ProbeSet.from_jsonl("my_prompts.jsonl")
+    table = measure(model, probes.encode(tokenizer))
+
+Training reads its rows through the same encoding.
 """
 
 import warnings
@@ -72,8 +74,8 @@ def _cut(tokenizer, ids: list[int], max_prompt: int) -> list[int]:
     return ids if len(ids) <= max_prompt else start + ids[len(ids) - max_prompt + len(start) :]
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    """Place of the first token in which two sequences differ; or the length of the shorter one."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -148,7 +150,7 @@ class ProbeSet:
         for i, prompt in enumerate(self.prompts):
             answers = {kind: texts[i] for kind, texts in self.responses.items()}
             head, wholes = _whole(tokenizer, prompt, answers, format)
-            start = min(common_prefix(head, whole) for whole in wholes.values())
+            start = min(first_difference(head, whole) for whole in wholes.values())
             prompts.append(_cut(tokenizer, head[:start], max_prompt))
             for kind, whole in wholes.items():
                 tails[kind].append(whole[start:][:max_response])
@@ -173,7 +175,8 @@ def _whole(tokenizer, prompt: str, answers: dict[str, str], format: str) -> tupl
     """Tokens of a prompt alone, and of it with each answer, to the end."""
     if turns := _turns(tokenizer, prompt, format):
         said = {kind: [*turns, {"role": "assistant", "content": text.strip()}] for kind, text in answers.items()}
-        return tokens_of(tokenizer, prompt, format), {kind: _rendered(tokenizer, each) for kind, each in said.items()}
+        head = _rendered(tokenizer, turns, add_generation_prompt=True)
+        return head, {kind: _rendered(tokenizer, each) for kind, each in said.items()}
     end, wholes = tokenizer.eos_token_id, {}
     for kind, text in answers.items():
         ids = _text_ids(tokenizer, prompt + joined(prompt, text))
@@ -183,9 +186,8 @@ def _whole(tokenizer, prompt: str, answers: dict[str, str], format: str) -> tupl
 
 def _lost(tokenizer, prompt: str, answers: dict[str, str], wholes: dict[str, list[int]], where: str, format: str):
     """What is wrong with texts whose tokens do not give them back; a template's words around them do not count."""
+    asked = "" if _turns(tokenizer, prompt, format) else prompt
     for kind, ids in wholes.items():
         shown = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if (answers[kind].strip() or " ") not in shown or (
-            not _turns(tokenizer, prompt, format) and prompt not in shown
-        ):
+        if (answers[kind].strip() or " ") not in shown or asked not in shown:
             yield f"{where} with {kind}, of which the tokenizer makes {shown[-80:]!r}"

@@ -154,9 +154,6 @@ def with_adapters(model, rank: int, seed: int):
 
 def quiet() -> None:
     """Silence the libraries' progress bars and advice; errors and warnings about our calls still come through."""
-    warnings.filterwarnings(
-        "ignore", ".(is_)?gradient_checkpointing(_disable)?. is deprecated", FutureWarning
-    )  # trl and peft
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -14,7 +14,7 @@ from lddyn.chapters.dpo.design import PAIRS, paired
 from lddyn.data import preferences, responses, reuse
 from lddyn.engine import models, recipe, store
 from lddyn.engine.callback import ProbeCallback
-from lddyn.engine.probe_set import Encoded
+from lddyn.engine.probe_set import Encoded, first_difference
 from lddyn.engine.settings import choose, derive, lengths
 from lddyn.engine.training import Training, dpo_rows, log_rows, train
 
@@ -172,11 +172,6 @@ def mass(before: Tensor, after: Tensor, tokens: Tensor) -> Mass:
     best = change.gather(-1, others.topk(10).indices)  # (tokens, 10)
     top, top10 = best[:, 0], best[:, 1:].sum(-1)
     return Mass(pushed, top, top10, -(pushed + top + top10))
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
-    """Place of the first token in which two responses differ; up to and including it both have the same context."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @torch.no_grad()
