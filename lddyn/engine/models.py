@@ -1,4 +1,4 @@
-"""Language models: the built-in ones, which come with the package, and any causal LM of `transformers`.
+"""Language models: the built-in ones, which come with the package, any causal LM of `transformers`, and GGUF files.
 
 A built-in model is a small GPT-NeoX, the architecture of Pythia, with its own byte-level BPE. It has learned English
 from the documentation strings of installed libraries and from the pre-training split of the built-in preference set.
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor
@@ -34,7 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lddyn import InputError, unknown
 from lddyn.data import hub, preferences, world
-from lddyn.engine import cache, prose, store
+from lddyn.engine import cache, gguf, prose, store
 
 SIZES = {  # a few seconds; one to two minutes
     "tiny": {
@@ -65,9 +66,28 @@ disable_progress_bar()  # otherwise every load and save of a small model draws o
 
 
 def load(model: str = "builtin", size: str = "small", seed: int = 0, **options):
-    """A model by name: "builtin" of a `size` of SIZES and `seed` (another than 0 is pre-trained on the spot), a folder,
-    or a hub id; with the `options` of `read`."""
-    return read(str(builtin(size, seed)) if model == "builtin" else model, **options)
+    """A model by name, as in `located`, with the `options` of `read`."""
+    return read(located(model, size, seed), **options)
+
+
+def located(model: str, size: str = "small", seed: int = 0) -> str:
+    """The folder or hub id behind the name of a model.
+
+    "builtin" of a `size` of SIZES and `seed` (another than 0 is pre-trained on the spot); a GGUF file, or "smollm2",
+    which is one: converted once, into a folder in the cache of runs whose name has the file's hash; others are folders
+    and hub ids already. Raises `InputError` as `gguf.file` and `gguf.read` do.
+    """
+    if model == "builtin":
+        return str(builtin(size, seed))
+    if not gguf.named(model):
+        return model
+    file = gguf.file(model)
+    folder = store.runs_root() / f"gguf-{store.file_hash(file)[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            save(*gguf.read(file), folder)
+    return str(folder)
 
 
 def read(
@@ -79,21 +99,22 @@ def read(
 ):
     """A causal language model, in evaluation mode and with dropout set to 0 as in the paper, and its tokenizer.
 
-    `model`: a folder or a hub id. `attention`: "sdpa", "eager" (which forward-mode derivatives need), or None for the
+    `model`: a folder, a hub id, a GGUF file or "smollm2". `attention`: "sdpa", "eager" (which forward-mode derivatives need), or None for the
     library's choice. Weights are read from safetensors only. Raises `InputError` when there is no such model, device or
     dtype.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     place = _device(device)
-    loaded, tokenizer = _from_pretrained(model, DTYPES[dtype], trust_remote_code, attention)
+    source = located(model)
+    loaded, tokenizer = _from_pretrained(source, DTYPES[dtype], trust_remote_code, attention)
     _mend(tokenizer, loaded, model)
     return loaded.to(place).eval(), tokenizer
 
 
 def inputs(model: str = "builtin", size: str = "small", seed: int = 0) -> dict[str, Path]:
     """The files of a model, for `cache.run`; none for a hub id, which names them. Pre-trains "builtin" if need be."""
-    folder = builtin(size, seed) if model == "builtin" else Path(model)
+    folder = Path(located(model, size, seed))
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return {file.name: file for file in files if file.suffix in (".json", ".safetensors")}
 

@@ -41,7 +41,7 @@ AFTER_SFT = {scale: s | {"sft_lr": s["lr"], "sft_batch_size": s["batch_size"]} f
 
 def base_model(chosen) -> str:
     """The folder or hub id that finetuning starts from, of settings with `model` and `size`."""
-    return str(models.builtin(chosen.size)) if chosen.model == "builtin" else chosen.model
+    return models.located(chosen.model, chosen.size)
 
 
 def files(chosen) -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """SFT and DPO with TRL, looked at with probes while they run. The only module that imports TRL."""
 
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from lddyn import InputError, unknown
-from lddyn.engine import models, store
+from lddyn.engine import store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import ProbeSet
 from lddyn.engine.probes import head_sees
@@ -99,8 +100,7 @@ class PairLoss(TokenisedDPO):
         labels = inputs["input_ids"].masked_fill(answers == 0, -100)
         text = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
         chosen, rejected = model(**text, use_cache=False, fused_lm_head=True).log_probs.sum(1).chunk(2)  # (batch,) each
-        with torch.no_grad():
-            reference = self.ref_model(**text, use_cache=False, fused_lm_head=True).log_probs.sum(1).chunk(2)
+        reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         margin = self.beta * losses.margin(chosen.detach(), rejected.detach(), *reference)
         self._metrics["train"]["rewards/margins"].append(margin.mean().item())
         lengths = dict(zip(("chosen_length", "rejected_length"), answers.sum(1).chunk(2), strict=True))
@@ -157,6 +157,7 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    os.environ["TQDM_DISABLE"] = "1"  # what TRL asks before it draws one for the reference
 
 
 def _last_checkpoint(work: Path) -> str | None:
@@ -242,9 +243,9 @@ def train(
         trainer = SFT_LOSSES[how.loss](args=SFTConfig(**common), **parts)
     else:
         _lean_head(model.get_output_embeddings().weight.shape[0])
-        # always given: TRL would reload the reference from where the model once came from, not from what it is now
-        parts["ref_model"] = models.snapshot(model) if reference is None else reference
-        trainer = _pair_trainer(common | {"beta": how.beta}, how.loss, dict(how.options or {}), parts)
+        # before the first step, when the model is its own reference: no second one in memory, and each pair once
+        common |= {"beta": how.beta, "precompute_ref_log_probs": True}
+        trainer = _pair_trainer(common, how.loss, dict(how.options or {}), parts | {"ref_model": reference})
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     if callback.stopped:
