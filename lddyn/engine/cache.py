@@ -22,16 +22,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from filelock import FileLock
 
 from lddyn import Caution
 from lddyn.engine import reach, store
 
-Settings = object  # a frozen dataclass, or a mapping
+Settings = Any  # a frozen dataclass, or a mapping
 
 
-def git_state() -> dict:
+def git_state() -> dict[str, object]:
     """Commit of the working tree, and whether it has uncommitted changes."""
 
     def git(*words: str) -> str:
@@ -43,12 +45,12 @@ def git_state() -> dict:
     return {"commit": "", "dirty": False}
 
 
-def describe(function: Callable, settings: Settings, inputs: Mapping[str, Path]) -> dict:
+def describe(function: Callable[..., pd.DataFrame], settings: Settings, inputs: Mapping[str, Path]) -> dict[str, Any]:
     """Everything that decides a run's numbers: function, settings, input files, code, versions, device."""
     module, name = function.__module__, function.__name__
     return {
         "function": f"{module}:{name}",
-        "parameters": dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else dict(settings),
+        "parameters": dict(settings) if isinstance(settings, Mapping) else dataclasses.asdict(settings),
         "inputs": {k: {"path": str(p), "sha256": store.file_hash(p)} for k, p in sorted(inputs.items())},
         "code": reach.definitions(module, name),
         "versions": reach.versions(module, name),
@@ -56,7 +58,7 @@ def describe(function: Callable, settings: Settings, inputs: Mapping[str, Path])
     }
 
 
-def key(description: Mapping) -> str:
+def key(description: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits that name a description.
 
     Input files count by content, folders of other runs and of this package by name: the key is the same in every clone.
@@ -68,7 +70,7 @@ def key(description: Mapping) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def stale_because(manifest: Mapping) -> list[str]:
+def stale_because(manifest: Mapping[str, Any]) -> list[str]:
     """Names of what has changed since the run was made: `code lddyn.data.world.judge`, `version torch`."""
     where = manifest["function"].split(":")
     now = {"code": reach.definitions(*where), "version": reach.versions(*where)}
@@ -98,7 +100,7 @@ def peak_memory_mb() -> int:
 
 
 @contextlib.contextmanager
-def _threads(count: int | None):
+def _threads(count: int | None) -> Iterator[int]:
     import torch  # slow, and not needed to read records
 
     before = torch.get_num_threads()
@@ -112,9 +114,10 @@ def _threads(count: int | None):
 @contextlib.contextmanager
 def _noted() -> Iterator[list[str]]:
     """The messages of every `Caution` meanwhile, once each, which are then not printed; other warnings are."""
-    messages, show = [], warnings.showwarning
+    messages: list[str] = []
+    show = warnings.showwarning
 
-    def note(message, category, *where, **how):
+    def note(message: Warning | str, category: type[Warning], *where: Any, **how: Any) -> None:
         if not issubclass(category, Caution):
             show(message, category, *where, **how)
         elif str(message) not in messages:
@@ -127,7 +130,7 @@ def _noted() -> Iterator[list[str]]:
 
 
 def run(
-    function: Callable,
+    function: Callable[..., pd.DataFrame],
     settings: Settings,
     inputs: Mapping[str, Path] | None = None,
     threads: int | None = 1,
@@ -159,14 +162,25 @@ def run(
         return _compute(function, settings, description, folder, threads)
 
 
-def place(function: Callable, settings: Settings, inputs: Mapping[str, Path] | None, root: Path | None = None):
+def place(
+    function: Callable[..., pd.DataFrame],
+    settings: Settings,
+    inputs: Mapping[str, Path] | None,
+    root: Path | None = None,
+) -> tuple[Path, dict[str, Any]]:
     """The folder of a run, whether it is there or not, and the description that names it."""
     description = describe(function, settings, inputs or {})
     name = f"{function.__module__.removesuffix('.run').split('.')[-1]}.{function.__name__}"
     return (root or store.runs_root()) / f"{name}-{key(description)}", description
 
 
-def _compute(function, settings, description, folder: Path, threads) -> store.Run:
+def _compute(
+    function: Callable[..., pd.DataFrame],
+    settings: Settings,
+    description: Mapping[str, Any],
+    folder: Path,
+    threads: int | None,
+) -> store.Run:
     work = folder / "work"
     resumed = work.exists()
     with contextlib.suppress(OSError):

@@ -12,17 +12,19 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lddyn import Caution, InputError
 from lddyn.engine import cache, models, probes, reach, store
-from lddyn.engine.probe_set import Encoded, ProbeSet
+from lddyn.engine.probe_set import Encoded, ProbeSet, Tokenizer
+from lddyn.theory.first_order import Model
 
 
-class ProbeCallback(TrainerCallback):
+class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not follow transformers
     """Measure a probe set before, during and after a training run of any `transformers` or TRL trainer.
 
     `every` counts optimiser steps; `at` names steps one by one instead. Training is bit-identical with and without
@@ -48,9 +50,9 @@ class ProbeCallback(TrainerCallback):
     ):
         self.probe_set, self.every, self.at = probe_set, every, None if at is None else set(at)
         self.output_dir = None if output_dir is None else Path(output_dir)
-        self.lengths = {"max_prompt": max_prompt, "max_response": max_response, "format": format}
+        self.lengths: dict[str, Any] = {"max_prompt": max_prompt, "max_response": max_response, "format": format}
         self.batch_tokens = batch_tokens
-        self.encoded: Encoded | None = None
+        self.encoded: Encoded  # set when training begins
         self.parts: list[pd.DataFrame] = []
         self.seen = 0  # examples that were trained on
         self.stopped: str | None = None
@@ -60,7 +62,15 @@ class ProbeCallback(TrainerCallback):
         parts = self.parts or [pd.DataFrame(columns=store.COLUMNS)]
         return pd.concat(parts, ignore_index=True)[store.COLUMNS]
 
-    def on_train_begin(self, args, state, control, model=None, processing_class=None, **_):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Model | None = None,
+        processing_class: Tokenizer | None = None,
+        **_: Any,
+    ) -> None:
         tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor has one
         if tokenizer is None:
             raise InputError("ProbeCallback needs the trainer's tokenizer: pass processing_class=... to the trainer")
@@ -76,25 +86,39 @@ class ProbeCallback(TrainerCallback):
             else:
                 self._measure(args, state, model)
 
-    def on_step_end(self, args, state, control, model=None, **_):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Model | None = None,
+        **_: Any,
+    ) -> None:
         self.seen += _batch(args, state)
         if state.global_step % self.every == 0 if self.at is None else state.global_step in self.at:
             with self._watching(f"step {state.global_step}"):
                 self._measure(args, state, model)
 
-    def on_save(self, args, state, control, **_):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and self.parts:
             with self._watching("a checkpoint"):
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 store.write_atomically(folder / "probes.parquet", lambda p: self.table().to_parquet(p, index=False))
 
-    def on_train_end(self, args, state, control, model=None, **_):
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Model | None = None,
+        **_: Any,
+    ) -> None:
         if state.global_step not in {int(part.step.iloc[-1]) for part in self.parts}:
             with self._watching("the end"):
                 self._measure(args, state, model)
         if self.output_dir and state.is_world_process_zero and self.parts:
             with self._watching("writing"):
-                self._write(args, state)
+                self._write(self.output_dir, args, state)
 
     @contextmanager
     def _watching(self, where: str) -> Iterator[None]:
@@ -110,7 +134,7 @@ class ProbeCallback(TrainerCallback):
             self.stopped = f"ProbeCallback measures no more since {where}: {reason}"
             warnings.warn(self.stopped, Caution, stacklevel=2)
 
-    def _continue(self, args, state, model) -> None:
+    def _continue(self, args: TrainingArguments, state: TrainerState, model: Model) -> None:
         """After a resumption: the rows of the checkpoint, or of `output_dir`; without either the table begins here."""
         named = args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else args.output_dir
         places = (Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(named))
@@ -134,7 +158,7 @@ class ProbeCallback(TrainerCallback):
         )
         self._measure(args, state, model)
 
-    def _measure(self, args, state, model) -> None:
+    def _measure(self, args: TrainingArguments, state: TrainerState, model: Model) -> None:
         if self.stopped:
             return
         with in_full_precision(models.whole(model)) as plain:
@@ -147,10 +171,10 @@ class ProbeCallback(TrainerCallback):
             name = self.output_dir / "parts" / f"step-{state.global_step:09d}.parquet"
             store.write_atomically(name, lambda p: part.to_parquet(p, index=False))
 
-    def _write(self, args, state) -> None:
+    def _write(self, folder: Path, args: TrainingArguments, state: TrainerState) -> None:
         table = self.table()
         store.check(table)
-        store.write_atomically(self.output_dir / "table.parquet", lambda p: table.to_parquet(p, index=False))
+        store.write_atomically(folder / "table.parquet", lambda p: table.to_parquet(p, index=False))
         where = ("lddyn.engine.callback", "ProbeCallback")
         manifest = {
             "format": 1,
@@ -166,20 +190,20 @@ class ProbeCallback(TrainerCallback):
             "started": None,
             "finished": store.now(),
             "rows": len(table),
-            "table_sha256": store.file_hash(self.output_dir / "table.parquet"),
+            "table_sha256": store.file_hash(folder / "table.parquet"),
         }
-        store.write_json(self.output_dir / "manifest.json", manifest)
-        shutil.rmtree(self.output_dir / "parts", ignore_errors=True)
+        store.write_json(folder / "manifest.json", manifest)
+        shutil.rmtree(folder / "parts", ignore_errors=True)
 
 
-def _batch(args, state) -> int:
+def _batch(args: TrainingArguments, state: TrainerState) -> int:
     """Examples of one update: the batch size in use, which the trainer may have found by itself."""
     one_pass = state.train_batch_size or args.per_device_train_batch_size
-    return one_pass * args.gradient_accumulation_steps * args.world_size
+    return int(one_pass * args.gradient_accumulation_steps * args.world_size)
 
 
 @contextmanager
-def in_full_precision(model):
+def in_full_precision(model: Model) -> Iterator[Model]:
     """The model without the bfloat16 context that accelerate wraps around its `forward` and around nothing below it."""
     wrapped = vars(model).get("forward")
     if hasattr(model, "_original_forward"):

@@ -1,11 +1,14 @@
 """What a model says by itself: greedy answers and samples (section 4.2)."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lddyn.engine import probe_set, probes
+from lddyn.engine.probe_set import Tokenizer
+from lddyn.theory.first_order import Model
 from lddyn.theory.logprobs import token_stats
 
 
@@ -18,9 +21,9 @@ class Decoded(NamedTuple):
 
 
 def greedy(
-    model,
-    tokenizer,
-    prompts,
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
     max_new_tokens: int,
     max_prompt: int = 256,
     batch_size: int = 32,
@@ -35,9 +38,9 @@ def greedy(
 
 
 def sample(
-    model,
-    tokenizer,
-    prompts,
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
     max_new_tokens: int,
     seed: int,
     max_prompt: int = 256,
@@ -59,12 +62,21 @@ def sample(
     return _decode(model, tokenizer, prompts, choose, max_new_tokens, max_prompt, batch_size, format)
 
 
-def _decode(model, tokenizer, prompts, choose, max_new_tokens, max_prompt, batch_size, format) -> list[Decoded]:
+def _decode(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    choose: Callable[[Tensor, list[int], int], Tensor],
+    max_new_tokens: int,
+    max_prompt: int,
+    batch_size: int,
+    format: str,
+) -> list[Decoded]:
     encoded = [probe_set.encode_prompt(tokenizer, prompt, max_prompt, format) for prompt in prompts]
     end, results = tokenizer.eos_token_id, {}
     ends = {end, *probe_set.ends_of_turn(tokenizer, prompts, format)}
     stops = torch.tensor(sorted(ends), device=model.device)
-    keyword = probes.cache_keyword(type(probes.unwrapped(model)))
+    keyword = probes.cache_keyword(probes.unwrapped(model).__class__)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     with probes.probing(model):
         for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
@@ -87,9 +99,9 @@ def _decode(model, tokenizer, prompts, choose, max_new_tokens, max_prompt, batch
                     break
                 mask = torch.cat([mask, torch.ones_like(ids)], 1)
                 positions = positions[:, -1:] + 1
-            tokens, logps = torch.cat(tokens, 1).tolist(), torch.stack(logps, 1).double()
-            for row, (i, mine) in enumerate(zip(rows, tokens, strict=True)):
+            each = torch.stack(logps, 1).double()  # (rows, steps)
+            for row, (i, mine) in enumerate(zip(rows, torch.cat(tokens, 1).tolist(), strict=True)):
                 mine = mine[: next((n for n, token in enumerate(mine, 1) if token in ends), len(mine))]
                 text = tokenizer.decode(mine, skip_special_tokens=True)
-                results[i] = Decoded(text, mine, logps[row, : len(mine)].sum().item())
+                results[i] = Decoded(text, mine, each[row, : len(mine)].sum().item())
     return [results[i] for i in range(len(prompts))]

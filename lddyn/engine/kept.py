@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -12,7 +13,7 @@ from lddyn.engine.store import ROOT, Run, write_json
 FOLDER = ROOT / "book"
 
 
-def origin(runs: Sequence[Run]) -> dict:
+def origin(runs: Sequence[Run]) -> dict[str, Any]:
     """Where numbers come from, out of the manifests of their runs: names, seeds, commit, versions, machine, times."""
     manifests = [r.manifest for r in runs]
     return {
@@ -26,7 +27,7 @@ def origin(runs: Sequence[Run]) -> dict:
     }
 
 
-def in_words(made: Mapping) -> str:
+def in_words(made: Mapping[str, Any]) -> str:
     """An `origin` as one line."""
     words = [
         f"{len(made['seeds'])} seeds ({', '.join(map(str, made['seeds']))})",
@@ -38,12 +39,12 @@ def in_words(made: Mapping) -> str:
     return " · ".join(words)
 
 
-def write(path: Path, rows: list[dict], runs: Sequence[Run], **more: object) -> None:
+def write(path: Path, rows: list[dict[str, object]], runs: Sequence[Run], **more: object) -> None:
     """Write the rows of a table and the `origin` of its runs."""
     write_json(path, more | {"rows": rows, "manifest": origin(runs)})
 
 
-def read(name: str) -> tuple[pd.DataFrame, dict]:
+def read(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     """A table that `write` wrote, such as `sweeps/trends`, and its origin. Raises `InputError` when there is none."""
     try:
         content = json.loads((FOLDER / f"{name}.json").read_text())

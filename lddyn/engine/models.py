@@ -13,8 +13,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from filelock import FileLock
@@ -35,9 +37,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from lddyn import InputError, unknown
 from lddyn.data import hub, preferences, world
-from lddyn.engine import cache, gguf, prose, store
+from lddyn.engine import cache, gguf, probe_set, prose, store
+from lddyn.theory.first_order import Model
 
-SIZES = {  # a few seconds; one to two minutes
+SIZES: dict[str, dict[str, Any]] = {  # a few seconds; one to two minutes
     "tiny": {
         "architecture": {"width": 48, "layers": 2, "heads": 2, "vocab": 1024},
         "libraries": ["sklearn"],
@@ -65,7 +68,9 @@ disable_progress_bar()  # otherwise every load and save of a small model draws o
 # --- loading -----------------------------------------------------------------------------------------------
 
 
-def load(model: str = "builtin", size: str = "small", seed: int = 0, **options):
+def load(
+    model: str = "builtin", size: str = "small", seed: int = 0, **options: Any
+) -> tuple[Model, probe_set.Tokenizer]:
     """A model by name, as in `located`, with the `options` of `read`."""
     return read(located(model, size, seed), **options)
 
@@ -96,7 +101,7 @@ def read(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     attention: str | None = None,
-):
+) -> tuple[Model, probe_set.Tokenizer]:
     """A causal language model, in evaluation mode and with dropout set to 0 as in the paper, and its tokenizer.
 
     `model`: a folder, a hub id, a GGUF file or "smollm2". `attention`: "sdpa", "eager" (which forward-mode derivatives need), or None for the
@@ -119,7 +124,7 @@ def inputs(model: str = "builtin", size: str = "small", seed: int = 0) -> dict[s
     return {file.name: file for file in files if file.suffix in (".json", ".safetensors")}
 
 
-def snapshot(model):
+def snapshot(model: Model) -> Model:
     """A frozen copy of a model as it is now, in evaluation mode. The random state stays as it was.
 
     Every parameter and buffer keeps its own dtype, saved or not: rotary frequencies stay float32 in a bfloat16 model.
@@ -141,7 +146,7 @@ def snapshot(model):
     return copy.eval().requires_grad_(False)
 
 
-def whole(model):
+def whole(model: Model) -> Model:
     """A model without what spreads it over processes, for probing and saving.
 
     Out of DistributedDataParallel; where FSDP2 shards the weights, a `snapshot` with all of them, which every process
@@ -167,7 +172,9 @@ def _device(name: str) -> torch.device:
     raise unknown("device", name, ["cpu", "cuda", "cuda:N"])
 
 
-def _from_pretrained(source: str, dtype: torch.dtype, trust_remote_code: bool, attention: str | None):
+def _from_pretrained(
+    source: str, dtype: torch.dtype, trust_remote_code: bool, attention: str | None
+) -> tuple[Model, probe_set.Tokenizer]:
     options = {"trust_remote_code": trust_remote_code}
     try:
         with contextlib.nullcontext() if Path(source).is_dir() else hub.hub_or_cache():
@@ -199,7 +206,7 @@ def _from_pretrained(source: str, dtype: torch.dtype, trust_remote_code: bool, a
 
 
 @torch.no_grad()
-def sees_later_tokens(model) -> bool:
+def sees_later_tokens(model: Model) -> bool:
     """Whether what follows a token changes what is predicted before it, as in BERT."""
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]])
     first, second = model(input_ids=ids, use_cache=False).logits[:, :3].float()
@@ -229,7 +236,7 @@ def _cached() -> list[str]:
     return []
 
 
-def _mend(tokenizer, model, name: str) -> None:
+def _mend(tokenizer: probe_set.Tokenizer, model: Model, name: str) -> None:
     eos = model.config.eos_token_id
     if tokenizer.eos_token is None and isinstance(eos, int):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
@@ -254,7 +261,7 @@ def builtin(size: str = "small", seed: int = 0) -> Path:
     return shipped if seed == 0 and shipped.is_dir() else pretrained(seed=seed, **SIZES[size])
 
 
-def pretrained(libraries: Sequence[str], **recipe) -> Path:
+def pretrained(libraries: Sequence[str], **recipe: Any) -> Path:
     """The folder of a model that is pre-trained now or comes from the cache; the manifest beside it names the corpus.
 
     `recipe`: the parameters of `pretrain`; `libraries` are names of `prose.LIBRARIES` as they are installed.
@@ -266,7 +273,7 @@ def pretrained(libraries: Sequence[str], **recipe) -> Path:
     return run.folder / "model"
 
 
-def _pretraining(libraries: Sequence[str], recipe: Mapping) -> store.Run:
+def _pretraining(libraries: Sequence[str], recipe: Mapping[str, Any]) -> store.Run:
     installed, corpus = prose.versions(libraries), {}  # the closed world is in the code
     if libraries:
         corpus = {"prose": prose.run(installed).folder / "prose.txt", "preferences": preferences.BUILTIN}
@@ -307,7 +314,7 @@ def pretrain(
     batch_size: int = 8,
     block: int = 128,
     lr: float = 8e-3,
-):
+) -> pd.DataFrame:
     """Pre-train a model into `work.parent / "model"`; returns a long table with the loss in nats per token.
 
     `architecture` has width, layers, heads and vocab. AdamW (betas 0.9 and 0.99, weight decay 0.1), 5% of warm-up and
@@ -315,9 +322,9 @@ def pretrain(
     the steps since the row before, and over documents held out. A checkpoint every 100 steps lets an interrupted run
     end with the same weights.
     """
-    train, held_out = documents(libraries, seed)
-    tokenizer = _tokenizer(work / "tokenizer", train, architecture["vocab"])
-    train, held_out = blocks(tokenizer, train, block), blocks(tokenizer, held_out, block)
+    texts, left_out = documents(libraries, seed)
+    tokenizer = _tokenizer(work / "tokenizer", texts, architecture["vocab"])
+    train, held_out = blocks(tokenizer, texts, block), blocks(tokenizer, left_out, block)
     order = _order(len(train), steps * batch_size, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -338,8 +345,8 @@ def pretrain(
         optimizer.zero_grad()
         done = step + 1
         if done % 100 == 0 or done == steps:
-            for name, loss in [("trained on", np.mean(losses)), ("held out", _mean_loss(model, held_out))]:
-                rows.append((done, done * batch_size, name, "prose", "loss", float(loss)))
+            for name, loss in [("trained on", float(np.mean(losses))), ("held out", _mean_loss(model, held_out))]:
+                rows.append((done, done * batch_size, name, "prose", "loss", loss))
             losses.clear()
             if sys.stderr.isatty():
                 print(f"pre-training: step {done} of {steps}, {rows[-1][-1]:.2f} nats per token", file=sys.stderr)
@@ -365,13 +372,13 @@ def documents(libraries: Mapping[str, str], seed: int, share: float = 0.08) -> t
     return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))], held_out
 
 
-def blocks(tokenizer, texts: Sequence[str], block: int) -> Tensor:
+def blocks(tokenizer: probe_set.Tokenizer, texts: Sequence[str], block: int) -> Tensor:
     """All texts in one row, an end of text after each, cut: (n, block + 1); a block's last token begins the next."""
     ids = [token for encoded in tokenizer(texts).input_ids for token in (*encoded, tokenizer.eos_token_id)]
     return torch.tensor(ids).unfold(0, block + 1, block)
 
 
-def _tokenizer(folder: Path, texts: Sequence[str], vocab: int):
+def _tokenizer(folder: Path, texts: Sequence[str], vocab: int) -> probe_set.Tokenizer:
     if not folder.exists():
         bpe = Tokenizer(BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -387,7 +394,7 @@ def _tokenizer(folder: Path, texts: Sequence[str], vocab: int):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _untrained(tokenizer, width: int, layers: int, heads: int, vocab: int):
+def _untrained(tokenizer: probe_set.Tokenizer, width: int, layers: int, heads: int, vocab: int) -> Model:
     config = GPTNeoXConfig(
         vocab_size=vocab,
         hidden_size=width,
@@ -413,7 +420,7 @@ def _schedule(progress: float) -> float:
     return min((progress + 1e-3) / 0.05, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _backward(model, batch: Tensor) -> float:
+def _backward(model: Model, batch: Tensor) -> float:
     """Add the gradients of the mean loss. 512 tokens at a time through the output layer, a quarter faster on a CPU."""
     hidden = model.gpt_neox(batch[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)  # (tokens, width)
     top, total = hidden.detach().requires_grad_(), 0.0
@@ -426,7 +433,7 @@ def _backward(model, batch: Tensor) -> float:
 
 
 @torch.no_grad()
-def _mean_loss(model, rows: Tensor) -> float:
+def _mean_loss(model: Model, rows: Tensor) -> float:
     total = 0.0
     for part in rows.split(16):
         logits = model(part[:, :-1], use_cache=False).logits  # (batch, block, vocab)
@@ -434,7 +441,7 @@ def _mean_loss(model, rows: Tensor) -> float:
     return total / rows[:, 1:].numel()
 
 
-def save(model, tokenizer, folder: Path) -> None:
+def save(model: Model, tokenizer: probe_set.Tokenizer, folder: Path) -> None:
     """Save a finished model as safetensors, with its tokenizer, in one step."""
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)

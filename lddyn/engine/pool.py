@@ -4,16 +4,19 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from lddyn.engine import cache, store
 
 
 def run_all(
-    function: Callable,
+    function: Callable[..., pd.DataFrame],
     settings: Iterable[cache.Settings],
     inputs: Mapping[str, Path] | None = None,
     workers: int | None = None,
@@ -30,9 +33,9 @@ def run_all(
 
 
 def run_then(
-    first: Callable,
+    first: Callable[..., pd.DataFrame],
     settings: Iterable[cache.Settings],
-    then: Callable,
+    then: Callable[..., pd.DataFrame],
     settings_of: Callable[[store.Run], Iterable[cache.Settings]],
     inputs: Mapping[str, Path] | None = None,
     workers: int | None = None,
@@ -59,13 +62,17 @@ def run_then(
 
 
 @contextlib.contextmanager
-def _pool(workers: int, executor: Executor | None):
+def _pool(workers: int, executor: Executor | None) -> Iterator[Callable[..., Future[store.Run]]]:
     """A function that starts a run: in an executor, in a pool of processes, or, for one worker, on the spot.
 
     What is in the cache is read here: a pool starts its processes, which takes seconds, at the first run that is not.
     """
 
-    def submit(function: Callable, settings: cache.Settings, inputs: Mapping[str, Path] | None) -> Future:
+    start: Callable[..., Future[store.Run]]
+
+    def submit(
+        function: Callable[..., pd.DataFrame], settings: cache.Settings, inputs: Mapping[str, Path] | None
+    ) -> Future[store.Run]:
         folder, _ = cache.place(function, settings, inputs)
         try:
             found = store.load(folder)
@@ -85,8 +92,8 @@ def _pool(workers: int, executor: Executor | None):
             yield submit
 
 
-def _call(function: Callable, *args, **options) -> Future:
-    future = Future()
+def _call(function: Callable[..., store.Run], *args: Any, **options: Any) -> Future[store.Run]:
+    future: Future[store.Run] = Future()
     try:
         future.set_result(function(*args, **options))
     except Exception as error:  # raised by `_results`, after the others have run
@@ -94,7 +101,7 @@ def _call(function: Callable, *args, **options) -> Future:
     return future
 
 
-def _results(futures: Sequence[Future]) -> list:
+def _results(futures: Sequence[Future[store.Run]]) -> list[store.Run]:
     failures = [error for error in (future.exception() for future in futures) if error]
     if failures:
         raise failures[0]
@@ -106,8 +113,9 @@ def as_worker() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-    def end_with_parent():
-        parent_process().join()
-        os._exit(1)
+    def end_with_parent() -> None:
+        if parent := parent_process():
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -7,20 +7,22 @@ Training reads its rows through the same encoding.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lddyn import Caution, InputError, unknown
 from lddyn.data import rows
+from lddyn.data.dialogue import Turn
 from lddyn.data.responses import RESPONSE_TYPES
 from lddyn.data.rows import joined
 
 FORMATS = ("auto", "chat", "plain")
+Tokenizer = Any  # one of `transformers`
 
 
-def tokens_of(tokenizer, prompt: str, format: str = "auto") -> list[int]:
+def tokens_of(tokenizer: Tokenizer, prompt: str, format: str = "auto") -> list[int]:
     """Token ids of a prompt, with what opens an answer.
 
     A `Dialogue` is rendered by the tokenizer's chat template where it has one ("auto"); "chat" makes one message of
@@ -31,13 +33,13 @@ def tokens_of(tokenizer, prompt: str, format: str = "auto") -> list[int]:
     return _text_ids(tokenizer, prompt)
 
 
-def _text_ids(tokenizer, text: str) -> list[int]:
+def _text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     bare, full = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, True))
     start = [tokenizer.bos_token_id]
-    return start + bare if full[:1] == start != bare[:1] else bare
+    return start + bare if full[:1] == start != bare[:1] else list(bare)
 
 
-def _turns(tokenizer, prompt: str, format: str) -> list[dict] | None:
+def _turns(tokenizer: Tokenizer, prompt: str, format: str) -> list[Turn] | None:
     """The messages to render, or None where the text itself is shown; `InputError` for "chat" without a template."""
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
@@ -48,14 +50,14 @@ def _turns(tokenizer, prompt: str, format: str) -> list[dict] | None:
     return getattr(prompt, "turns", None) or ([{"role": "user", "content": prompt}] if format == "chat" else None)
 
 
-def _rendered(tokenizer, turns: list[dict], **options) -> list[int]:
+def _rendered(tokenizer: Tokenizer, turns: list[Turn], **options: bool) -> list[int]:
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **options)
+        return list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **options))
     except Exception as error:  # templates raise what they like, such as for a system message
         raise InputError(f"the chat template refuses a dialogue: {str(error).splitlines()[0]}") from error
 
 
-def ends_of_turn(tokenizer, prompts: Sequence[str], format: str = "auto") -> set[int]:
+def ends_of_turn(tokenizer: Tokenizer, prompts: Sequence[str], format: str = "auto") -> set[int]:
     """Special tokens with which the tokenizer's template ends an answer to these prompts; none for plain text."""
     turns = next((turns for prompt in prompts if (turns := _turns(tokenizer, prompt, format))), None)
     if turns is None:
@@ -64,12 +66,12 @@ def ends_of_turn(tokenizer, prompts: Sequence[str], format: str = "auto") -> set
     return set([i for i in ids if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder][-1:])
 
 
-def encode_prompt(tokenizer, prompt: str, max_prompt: int, format: str = "auto") -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, max_prompt: int, format: str = "auto") -> list[int]:
     """Token ids of the end of a prompt, at most `max_prompt`; a beginning token stays."""
     return _cut(tokenizer, tokens_of(tokenizer, prompt, format), max_prompt)
 
 
-def _cut(tokenizer, ids: list[int], max_prompt: int) -> list[int]:
+def _cut(tokenizer: Tokenizer, ids: list[int], max_prompt: int) -> list[int]:
     start = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
     return ids if len(ids) <= max_prompt else start + ids[len(ids) - max_prompt + len(start) :]
 
@@ -103,9 +105,9 @@ class ProbeSet:
 
     prompts: list[str]
     responses: dict[str, list[str]]
-    prompt_ids: list[str] | None = None  # by default the row numbers
+    prompt_ids: list[str] = None  # type: ignore[assignment]  # by default the row numbers, see below
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.prompt_ids is None:
             object.__setattr__(self, "prompt_ids", [f"{i:05d}" for i in range(len(self.prompts))])
         if not self.prompts or not self.responses:
@@ -133,7 +135,9 @@ class ProbeSet:
         responses = {kind: [e[kind] for e in found] for kind in RESPONSE_TYPES if kind in found[0]}
         return cls([e["prompt"] for e in found], responses, [e["id"] for e in found])
 
-    def encode(self, tokenizer, max_prompt: int = 256, max_response: int = 256, format: str = "auto") -> Encoded:
+    def encode(
+        self, tokenizer: Tokenizer, max_prompt: int = 256, max_response: int = 256, format: str = "auto"
+    ) -> Encoded:
         """Tokenise once: the end of each prompt; the start of each response, with end of text if all of it fits.
 
         Prompt and response are split as one text, as in training: a response begins where prompt and whole text part,
@@ -146,7 +150,9 @@ class ProbeSet:
             raise InputError("the tokenizer has no end-of-text token (eos_token), which every response ends with")
         if max_prompt < 2 or max_response < 1:
             raise InputError(f"max_prompt={max_prompt} and max_response={max_response} must be at least 2 and 1")
-        prompts, tails, lost = [], {kind: [] for kind in self.responses}, []
+        tails: dict[str, list[list[int]]] = {kind: [] for kind in self.responses}
+        prompts: list[list[int]] = []
+        lost: list[str] = []
         for i, prompt in enumerate(self.prompts):
             answers = {kind: texts[i] for kind, texts in self.responses.items()}
             head, wholes = _whole(tokenizer, prompt, answers, format)
@@ -171,7 +177,9 @@ class ProbeSet:
         return encoded
 
 
-def _whole(tokenizer, prompt: str, answers: dict[str, str], format: str) -> tuple[list[int], dict[str, list[int]]]:
+def _whole(
+    tokenizer: Tokenizer, prompt: str, answers: dict[str, str], format: str
+) -> tuple[list[int], dict[str, list[int]]]:
     """Tokens of a prompt alone, and of it with each answer, to the end."""
     if turns := _turns(tokenizer, prompt, format):
         said = {kind: [*turns, {"role": "assistant", "content": text.strip()}] for kind, text in answers.items()}
@@ -184,7 +192,14 @@ def _whole(tokenizer, prompt: str, answers: dict[str, str], format: str) -> tupl
     return _text_ids(tokenizer, prompt), wholes
 
 
-def _lost(tokenizer, prompt: str, answers: dict[str, str], wholes: dict[str, list[int]], where: str, format: str):
+def _lost(
+    tokenizer: Tokenizer,
+    prompt: str,
+    answers: dict[str, str],
+    wholes: dict[str, list[int]],
+    where: str,
+    format: str,
+) -> Iterator[str]:
     """What is wrong with texts whose tokens do not give them back; a template's words around them do not count."""
     asked = "" if _turns(tokenizer, prompt, format) else prompt
     for kind, ids in wholes.items():

@@ -11,10 +11,10 @@ the model: training mode, gradients and random state stay as they were.
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lddyn import Caution, InputError
-from lddyn.engine.probe_set import Encoded
+from lddyn.engine.probe_set import Encoded, Tokenizer
+from lddyn.theory.first_order import Model
 from lddyn.theory.logprobs import AT_ONCE, TokenStats, token_stats
 
 QUANTITIES = ["logp", "argmax_logp", "rest_logp", "entropy", "sq_norm", "a_norm", "residual_norm", "rank"]
@@ -32,14 +33,15 @@ METRICS = ["logp_sum", "logp_mean", "argmax_logp_sum", "argmax_logp_mean", "rest
 METRICS += ["sq_norm_mean", "a_norm_mean", "residual_norm_mean", "rank_mean", "tokens"]
 BATCH_TOKENS = {"cpu": 2048, "cuda": 2**15}
 TOLERANCE = {torch.bfloat16: 0.25, torch.float16: 0.05}  # nats per token, where it is not 1e-4
-_checked = WeakKeyDictionary()  # model: Checked
-_direct = WeakKeyDictionary()  # model: whether nothing stands between its body, its output layer and its logits
+_checked: WeakKeyDictionary[Model, "Checked"] = WeakKeyDictionary()
+# whether nothing stands between a model's body, its output layer and its logits
+_direct: WeakKeyDictionary[Model, bool] = WeakKeyDictionary()
 
 
 # --- how likely the model finds it -------------------------------------------------------------------------
 
 
-def measure(model, encoded: Encoded, batch_tokens: int | None = None, share: bool = True) -> pd.DataFrame:
+def measure(model: Model, encoded: Encoded, batch_tokens: int | None = None, share: bool = True) -> pd.DataFrame:
     """Every metric of every response: a table `prompt_id, response_type, metric, value`.
 
     Sums and means are over the tokens of a response, end of text included, along the response's own path:
@@ -79,7 +81,7 @@ def _of_responses(stats: TokenStats, lengths: np.ndarray, vocabulary: int) -> np
     return np.stack([(sums | means)[metric] for metric in METRICS], axis=1)
 
 
-def per_token(model, tokenizer, encoded: Encoded, prompt_id: str) -> pd.DataFrame:
+def per_token(model: Model, tokenizer: Tokenizer, encoded: Encoded, prompt_id: str) -> pd.DataFrame:
     """The responses to one prompt, token by token: `response_type, position, token` and the fields of `TokenStats`.
 
     `token` and `argmax` are text. Raises `InputError` when there is no such prompt or a text does not fit the model.
@@ -102,6 +104,8 @@ def per_token(model, tokenizer, encoded: Encoded, prompt_id: str) -> pd.DataFram
 # A text is a prompt and one of its responses, named by prompt number * response types + response type. All ways
 # of computing yield (texts, their lengths in tokens, TokenStats of all their tokens in this order).
 Walk = Iterator[tuple[list[int], list[int], TokenStats]]
+Prompts = list[list[int]]
+Texts = list[tuple[int, list[int]]]  # number of the prompt, response
 
 # From the quickest to the one that is right for every model. `mixed`: a prompt serves all its responses, prompts of
 # several lengths in one batch. `aligned`: the same with prompts of one length in a batch, so that no padding lies
@@ -110,7 +114,7 @@ Walk = Iterator[tuple[list[int], list[int], TokenStats]]
 WAYS = ("mixed", "aligned", "full", "alone")
 
 
-def _walk(model, encoded: Encoded, batch_tokens: int | None, share: bool) -> Walk:
+def _walk(model: Model, encoded: Encoded, batch_tokens: int | None, share: bool) -> Walk:
     model = getattr(model, "module", model)  # out of DistributedDataParallel
     prompts = encoded.prompts
     responses = [list(of_prompt) for of_prompt in zip(*encoded.responses.values(), strict=True)]
@@ -124,7 +128,7 @@ def _walk(model, encoded: Encoded, batch_tokens: int | None, share: bool) -> Wal
     yield from _computed(way, model, prompts, texts, range(len(texts)), budget)
 
 
-def _computed(way: str, model, prompts, texts, wanted, budget: int) -> Walk:
+def _computed(way: str, model: Model, prompts: Prompts, texts: Texts, wanted: Sequence[int], budget: int) -> Walk:
     if way in ("mixed", "aligned"):
         yield from _shared(model, prompts, texts, wanted, budget, aligned=way == "aligned")
     else:
@@ -132,13 +136,14 @@ def _computed(way: str, model, prompts, texts, wanted, budget: int) -> Walk:
             yield from _plain(model, prompts, texts, wanted, budget, restart, alone=way == "alone")
 
 
-def _shared(model, prompts, texts, wanted, budget: int, aligned: bool) -> Walk:
+def _shared(model: Model, prompts: Prompts, texts: Texts, wanted: Sequence[int], budget: int, aligned: bool) -> Walk:
     """Each prompt once; its keys and values serve all its responses; the output layer only where needed."""
     inside = unwrapped(model)
     direct = _head_is_last(inside)
-    keyword, of_prompt = cache_keyword(type(inside.base_model if direct else inside)), {}
-    for text in wanted:
-        of_prompt.setdefault(texts[text][0], []).append(text)
+    keyword = cache_keyword((inside.base_model if direct else inside).__class__)
+    of_prompt: dict[int, list[int]] = {}
+    for number in wanted:
+        of_prompt.setdefault(texts[number][0], []).append(number)
     for chunk in _batches(of_prompt, lambda p: len(prompts[p]), budget, aligned):
         ids, mask = padded([prompts[p] for p in chunk], model.device)  # (prompts, P)
         keys_values, width = DynamicCache(), ids.shape[1]
@@ -147,8 +152,8 @@ def _shared(model, prompts, texts, wanted, budget: int, aligned: bool) -> Walk:
         text = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, keyword: keys_values}
         last = _states(inside, direct, ends, text)  # (prompts, width or V)
         place = {p: i for i, p in enumerate(chunk)}
-        mine = [text for p in chunk for text in of_prompt[p]]
-        for rows in _batches(mine, lambda text, width=width: width + len(texts[text][1]), budget):
+        lengths = {text: width + len(texts[text][1]) for p in chunk for text in of_prompt[p]}
+        for rows in _batches(lengths, lengths.__getitem__, budget):
             of = torch.tensor([place[texts[text][0]] for text in rows], device=model.device)
             targets, real = padded([texts[text][1] for text in rows], model.device)  # (rows, R)
             states = last[of].unsqueeze(1)
@@ -162,16 +167,17 @@ def _shared(model, prompts, texts, wanted, budget: int, aligned: bool) -> Walk:
             yield rows, [len(texts[text][1]) for text in rows], _measured(inside, direct, states[real], targets[real])
 
 
-def _states(inside, direct: bool, places: Tensor | None, text: dict) -> Tensor:
+def _states(inside: Model, direct: bool, places: Tensor | None, text: dict[str, Any]) -> Tensor:
     """Hidden states under the output layer where that is `direct`, else logits; at `places`, (rows, tokens), or all."""
     if direct:
-        hidden = inside.base_model(**text, use_cache=True).last_hidden_state
+        hidden: Tensor = inside.base_model(**text, use_cache=True).last_hidden_state
         return hidden if places is None else hidden[places]
     with nullcontext() if places is None else head_sees(inside, places):
-        return inside(**text, use_cache=True).logits
+        logits: Tensor = inside(**text, use_cache=True).logits
+        return logits
 
 
-def _measured(inside, direct: bool, states: Tensor, targets: Tensor) -> TokenStats:
+def _measured(inside: Model, direct: bool, states: Tensor, targets: Tensor) -> TokenStats:
     """Statistics of `_states`, a few hundred tokens at a time. states: (tokens, width or V); targets: (tokens)."""
     head = inside.get_output_embeddings()
     at_once = max(256, 8 * AT_ONCE.get(states.device.type, 2**20) // head.weight.shape[0])
@@ -179,7 +185,15 @@ def _measured(inside, direct: bool, states: Tensor, targets: Tensor) -> TokenSta
     return _joined([token_stats(head(s) if direct else s, y) for s, y in pieces])
 
 
-def _plain(model, prompts, texts, wanted, budget: int, restart: Callable, alone: bool) -> Walk:
+def _plain(
+    model: Model,
+    prompts: Prompts,
+    texts: Texts,
+    wanted: Sequence[int],
+    budget: int,
+    restart: Callable[[], None],
+    alone: bool,
+) -> Walk:
     """Every text in full, in batches of similar length, or of one length."""
     for rows in _batches(wanted, lambda text: len(prompts[texts[text][0]]) + len(texts[text][1]), budget, alone):
         restart()
@@ -193,7 +207,7 @@ def _plain(model, prompts, texts, wanted, budget: int, restart: Callable, alone:
 
 
 @contextmanager
-def _rope_at_start(model) -> Iterator[Callable[[], None]]:
+def _rope_at_start(model: Model) -> Iterator[Callable[[], None]]:
     """A function that forgets the longest text seen so far, which some rotary embeddings keep; undone at the end."""
     kept = []
     for module in model.modules():
@@ -219,9 +233,9 @@ def _joined(parts: list[TokenStats]) -> TokenStats:
     return TokenStats(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
 
-def _batches(keys, length: Callable, budget: int, same: bool = False) -> Iterator[list]:
+def _batches(keys: Iterable[int], length: Callable[[int], int], budget: int, same: bool = False) -> Iterator[list[int]]:
     """Group keys of similar length, or the `same`, longest first; a batch holds at most `budget` tokens, or one key."""
-    batch = []
+    batch: list[int] = []
     for key in sorted(keys, key=length, reverse=True):
         if batch and ((len(batch) + 1) * length(batch[0]) > budget or (same and length(key) != length(batch[0]))):
             yield batch
@@ -231,7 +245,7 @@ def _batches(keys, length: Callable, budget: int, same: bool = False) -> Iterato
         yield batch
 
 
-def padded(sequences: list[list[int]], device) -> tuple[Tensor, Tensor]:
+def padded(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Right-padded ids and their mask: a padded query still sees real keys, so nothing becomes not-a-number."""
     width = max(map(len, sequences))
     ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)
@@ -242,7 +256,8 @@ def padded(sequences: list[list[int]], device) -> tuple[Tensor, Tensor]:
 @cache
 def cache_keyword(kind: type) -> str:
     """What the `forward` of this class of models calls keys and values: `cache` from transformers 5.24 on."""
-    forwards = [inspect.signature(c.forward) for c in kind.__mro__ if "forward" in vars(c)]  # one may pass on **kwargs
+    # all of them, because one may pass on **kwargs
+    forwards = [inspect.signature(vars(c)["forward"]) for c in kind.__mro__ if "forward" in vars(c)]
     return "cache" if any("cache" in f.parameters for f in forwards) else "past_key_values"
 
 
@@ -254,13 +269,13 @@ def _rows_of(keys_values: DynamicCache, rows: Tensor) -> DynamicCache:
     return selected
 
 
-def unwrapped(model):
+def unwrapped(model: Model) -> Model:
     """The model of `transformers` inside PEFT's wrapper, with its adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
-def head_sees(model, places: Tensor):
+def head_sees(model: Model, places: Tensor) -> Iterator[None]:
     """The output layer gets the hidden states at `places`, (batch, tokens), only; its logits are (places, V)."""
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: (hidden[0][places],))
     try:
@@ -269,8 +284,9 @@ def head_sees(model, places: Tensor):
         hook.remove()
 
 
-def _config(model):
-    return getattr(model, "module", model).config.get_text_config()
+def _config(model: Model) -> Any:
+    inside: Model = getattr(model, "module", model)
+    return inside.config.get_text_config()
 
 
 # --- how a model may be computed ---------------------------------------------------------------------------
@@ -279,14 +295,14 @@ def _config(model):
 class Checked(NamedTuple):
     """For which model, texts and weights a way of computing was verified."""
 
-    state: tuple  # dtype, device, attention
+    state: tuple[object, ...]  # dtype, device, attention
     extent: tuple[int, ...]  # longest prompt, minus the shortest, longest response, longest text
     norms: Tensor  # of all weights
     way: str
     why_not: str | None
 
 
-def _way(model, prompts, texts, share: bool) -> tuple[str, str | None]:
+def _way(model: Model, prompts: Prompts, texts: Texts, share: bool) -> tuple[str, str | None]:
     """The quickest of WAYS that is right here, and why it is not one that shares prompts.
 
     What the configuration says is not tried. The rest is verified against texts computed one by one: at the first call,
@@ -308,7 +324,7 @@ def _way(model, prompts, texts, share: bool) -> tuple[str, str | None]:
     return then.way, then.why_not
 
 
-def _verified(model, prompts, texts, share: bool) -> tuple[str, str | None]:
+def _verified(model: Model, prompts: Prompts, texts: Texts, share: bool) -> tuple[str, str | None]:
     first, why_not = _by_configuration(model)
     candidates = [way for way in WAYS[WAYS.index(first) :] if share or way in ("full", "alone")]
     few = _telling(prompts, texts)
@@ -331,7 +347,7 @@ def _verified(model, prompts, texts, share: bool) -> tuple[str, str | None]:
     return candidates[-1], why_not
 
 
-def _by_configuration(model) -> tuple[str, str | None]:
+def _by_configuration(model: Model) -> tuple[str, str | None]:
     """The first of WAYS that may be right by a model's configuration, and why it is none that shares prompts."""
     adapter = getattr(model, "active_peft_config", None)
     if adapter is not None and adapter.peft_type.value in ("MULTITASK_PROMPT_TUNING", "POLY"):
@@ -347,7 +363,7 @@ def _by_configuration(model) -> tuple[str, str | None]:
     return "aligned" if any(config.get(name) for name in windows) else "mixed", None
 
 
-def _telling(prompts, texts) -> list[int]:
+def _telling(prompts: Prompts, texts: Texts) -> list[int]:
     """Texts in which the ways would differ if they do: extreme prompts, the longest response, the longest text."""
     shortest, longest = (pick(range(len(prompts)), key=lambda p: len(prompts[p])) for pick in (min, max))
     answered = [
@@ -360,14 +376,15 @@ def _telling(prompts, texts) -> list[int]:
 
 
 @torch.no_grad()
-def _head_is_last(inside) -> bool:
+def _head_is_last(inside: Model) -> bool:
     """Whether logits are the output layer applied to the last hidden states of the body, and nothing else.
 
     Seen from what comes in and out of that layer, with its output a thousand times as large: a soft cap would show
     whatever the size of the logits is today.
     """
     if inside not in _direct:
-        seen, head = {}, inside.get_output_embeddings()
+        seen: dict[str, Tensor] = {}
+        head = inside.get_output_embeddings()
         hooks = [
             head.register_forward_pre_hook(lambda _, args: seen.update(hidden=args[0])),
             head.register_forward_hook(lambda _, __, out: seen.update(out=1000 * out) or seen["out"]),
@@ -383,7 +400,7 @@ def _head_is_last(inside) -> bool:
     return _direct[inside]
 
 
-def _check_fits(model, encoded: Encoded, texts) -> None:
+def _check_fits(model: Model, encoded: Encoded, texts: Texts) -> None:
     room = getattr(_config(model), "max_position_embeddings", None) or float("inf")
     room -= getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
     embedding = model.get_input_embeddings()
@@ -399,7 +416,7 @@ def _check_fits(model, encoded: Encoded, texts) -> None:
 
 
 @contextmanager
-def probing(model) -> Iterator[None]:
+def probing(model: Model) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module is in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
     try:

@@ -14,11 +14,13 @@ import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from lddyn.engine import cache, store
 from lddyn.engine.store import long
 
 LIBRARIES = {  # import name: name of the distribution; all come with the base installation
-    "python": None,
+    "python": "",  # has none
     "numpy": "numpy",
     "scipy": "scipy",
     "sklearn": "scikit-learn",
@@ -61,12 +63,13 @@ def documents(libraries: Mapping[str, str]) -> list[str]:
     return (run(libraries).folder / "prose.txt").read_text(encoding="utf-8").strip().split("\n\n")
 
 
-def collect(work: Path, libraries: Mapping[str, str]):
+def collect(work: Path, libraries: Mapping[str, str]) -> pd.DataFrame:
     """Write `prose.txt`: one paragraph a line, an empty line between documentation strings. About 13 s.
 
     Returns a long table with the number of paragraphs and characters by library.
     """
-    seen, text, rows = set(), [], []
+    seen: set[str] = set()
+    text, rows = [], []
     gc.disable()  # syntax trees hold no cycles, and looking for some would take a third of the time
     try:
         for name in libraries:
@@ -96,7 +99,9 @@ def strings(library: str) -> Iterator[str]:
     if library == "python":
         root = Path(sysconfig.get_paths()["stdlib"])
     else:
-        root = Path(importlib.util.find_spec(library).submodule_search_locations[0])
+        spec = importlib.util.find_spec(library)
+        assert spec and spec.submodule_search_locations, library
+        root = Path(spec.submodule_search_locations[0])
     for path in sorted(root.rglob("*.py")):
         folders = path.relative_to(root).parts[:-1]
         if any(f in SKIPPED or (f.startswith("_") and f != "_core") for f in folders):
@@ -105,7 +110,7 @@ def strings(library: str) -> Iterator[str]:
         if source.count(b'"""') < 4:
             continue
         try:
-            todo = [ast.parse(source)]
+            todo: list[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef] = [ast.parse(source)]
         except (SyntaxError, ValueError):  # templates, and files that are broken on purpose
             continue
         while todo:
@@ -131,7 +136,8 @@ def paragraphs(string: str) -> Iterator[str]:
 
     A paragraph is a run of lines with the same indentation, which tells descriptions from the names that they describe.
     """
-    lines, indentation = [], None
+    lines: list[str] = []
+    indentation: int | None = None
     for number, line in enumerate([*string.expandtabs().split("\n"), ""]):
         words = line.strip()
         here = len(line) - len(line.lstrip()) if number else None  # the first line stands behind the quotes

@@ -28,7 +28,7 @@ class Module(NamedTuple):
 
 def imported(tree: ast.AST) -> dict[str, str]:
     """Names that the import statements in a tree bind, and the dotted names they stand for."""
-    names = {}
+    names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             whole = {a.asname: a.name for a in node.names if a.asname}
@@ -45,7 +45,7 @@ def without_docstrings(tree: ast.Module) -> ast.Module:
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             value = body[0].value
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                node.body = body[1:]
+                del body[0]
     return tree
 
 

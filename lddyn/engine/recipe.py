@@ -3,15 +3,18 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lddyn.data import preferences, responses
 from lddyn.engine import decode, models, store
 from lddyn.engine.callback import ProbeCallback
-from lddyn.engine.probe_set import ProbeSet
+from lddyn.engine.probe_set import ProbeSet, Tokenizer
 from lddyn.engine.settings import derive, lengths
 from lddyn.engine.training import Training, sft_rows, train
+from lddyn.theory.first_order import Model
 
 SCALES = {
     "smoke": {
@@ -39,28 +42,28 @@ SCALES = {
 AFTER_SFT = {scale: s | {"sft_lr": s["lr"], "sft_batch_size": s["batch_size"]} for scale, s in SCALES.items()}
 
 
-def base_model(chosen) -> str:
+def base_model(chosen: Any) -> str:
     """The folder or hub id that finetuning starts from, of settings with `model` and `size`."""
     return models.located(chosen.model, chosen.size)
 
 
-def files(chosen) -> dict[str, Path]:
+def files(chosen: Any) -> dict[str, Path]:
     """The files that runs with these settings (`model`, `size`, `data`) read."""
     return models.inputs(base_model(chosen)) | preferences.inputs(chosen.data)
 
 
-def examples(s) -> tuple[list[responses.Example], list[responses.Example]]:
+def examples(s: Any) -> tuple[list[responses.Example], list[responses.Example]]:
     """Training and test examples, of settings with `data`, `n_train` and `skip_bad_rows`."""
     train_set = preferences.load(s.data, "train", s.n_train, s.skip_bad_rows)
     return train_set, preferences.load(s.data, "test", skip_bad_rows=s.skip_bad_rows)
 
 
 def probe_set(
-    model,
-    tokenizer,
-    train_set: Sequence[dict],
-    test_set: Sequence[dict],
-    s,
+    model: Model,
+    tokenizer: Tokenizer,
+    train_set: Sequence[responses.Example],
+    test_set: Sequence[responses.Example],
+    s: Any,
     kinds: Collection[str] = responses.RESPONSE_TYPES,
 ) -> ProbeSet:
     """The probes of section 4: the first prompts that are trained on, and of those that are not, and their responses.
@@ -80,13 +83,13 @@ def probe_set(
     return ProbeSet(prompts, texts, ids)
 
 
-def _how(s) -> dict:
+def _how(s: Any) -> dict[str, Any]:
     """How answers are decoded, from settings with `max_prompt` and `max_response`."""
     cut = lengths(s)
     return {"max_new_tokens": cut["max_response"], "max_prompt": cut["max_prompt"], "format": cut["format"]}
 
 
-def answers(model, tokenizer, probed: ProbeSet, count: int, s) -> list[dict]:
+def answers(model: Model, tokenizer: Tokenizer, probed: ProbeSet, count: int, s: Any) -> list[dict[str, Any]]:
     """Greedy answers to the first `count` prompts of each split: `prompt_id, prompt, text, logp` (nats, summed)."""
     ids = [i for split in ("train/", "test/") for i in [p for p in probed.prompt_ids if p.startswith(split)][:count]]
     if not ids:
@@ -100,7 +103,9 @@ def answers(model, tokenizer, probed: ProbeSet, count: int, s) -> list[dict]:
     ]
 
 
-def respond(model, tokenizer, examples: Sequence[dict], samples: int, s) -> list[dict]:
+def respond(
+    model: Model, tokenizer: Tokenizer, examples: Sequence[responses.Example], samples: int, s: Any
+) -> list[dict[str, str]]:
     """Answers to prompts of the test split, one greedy and `samples` sampled: `prompt_id, prompt, decoding, text`."""
     asked = {"greedy": list(examples), "sampled": [e for e in examples for _ in range(samples)]}
     prompts = {decoding: [e["prompt"] for e in each] for decoding, each in asked.items()}
@@ -122,11 +127,19 @@ def respond(model, tokenizer, examples: Sequence[dict], samples: int, s) -> list
 class KeepStages(ProbeCallback):
     """Also keeps the weights after some optimiser steps: `places` maps the step to the folder."""
 
-    def __init__(self, probe_set: ProbeSet, places: dict[int, Path], **lengths):
+    def __init__(self, probe_set: ProbeSet, places: dict[int, Path], **lengths: Any):
         super().__init__(probe_set, at=[0, *places], **lengths)
         self.places = places
 
-    def on_step_end(self, args, state, control, model=None, processing_class=None, **_):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Model | None = None,
+        processing_class: Tokenizer | None = None,
+        **_: Any,
+    ) -> None:
         super().on_step_end(args, state, control, model=model)
         if state.global_step in self.places:
             models.save(model, processing_class, self.places[state.global_step])
@@ -154,7 +167,7 @@ class Stages:
     clip: float = 10.0
 
 
-def stage_grid(chosen, epochs: Collection[int], seeds: Sequence[int]) -> list[Stages]:
+def stage_grid(chosen: Any, epochs: Collection[int], seeds: Sequence[int]) -> list[Stages]:
     """One SFT run a seed; `chosen`: settings with all that `Stages` has, and `sft_lr` and `sft_batch_size`."""
     kept = {"epochs": tuple(sorted(set(epochs))), "lr": chosen.sft_lr, "batch_size": chosen.sft_batch_size}
     return [derive(Stages, chosen, seed=seed, model=base_model(chosen), **kept) for seed in seeds]

@@ -18,16 +18,19 @@ import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from lddyn import InputError, unknown
 
-S = TypeVar("S")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
 
 
-def choose(cls: type[S], scales: Mapping[str, Mapping], scale: str, given: Mapping[str, object]) -> S:
+def choose(cls: type[S], scales: Mapping[str, Mapping[str, object]], scale: str, given: Mapping[str, object]) -> S:
     """The settings that a scale stands for, with those of `given` in their place that are fields of `cls` and not None.
 
     `cls` is a frozen dataclass. `given` may hold other names too, such as a notebook's globals. Raises `InputError` for
@@ -49,7 +52,7 @@ def derive(cls: type[S], *sources: object, **values: object) -> S:
     return cls(**found | {name: value for name, value in values.items() if name in names})
 
 
-def lengths(settings) -> dict:
+def lengths(settings: Any) -> dict[str, Any]:
     """Where prompts and responses are cut, in tokens, and how they are rendered: keywords of `ProbeSet.encode`."""
     cut = {"max_prompt": settings.max_prompt, "max_response": settings.max_response}
     return cut | {"format": getattr(settings, "format", "auto")}
@@ -91,21 +94,21 @@ class Parameter:
             elif isinstance(value, bool) or (kind != "str" and not isinstance(value, str | int | float)):
                 raise ValueError
             else:
-                result = int(str(value)) if kind == "int" else TYPES[kind](value)
+                result = TYPES[kind](str(value) if kind == "int" else value)
         except (ValueError, KeyError) as error:
             raise self.wrong(value) from error
         if not self.allows(result):
             raise self.wrong(value)
         return result
 
-    def allows(self, value: object) -> bool:
+    def allows(self, value: Any) -> bool:
         if not self.allowed:
             return True
         inside = [word.strip() for word in self.allowed[1:-1].split(",")]
         if self.allowed[0] == "{":
             return str(value) in inside
         low, high = map(float, inside)
-        above = value >= low if self.allowed[0] == "[" else value > low
+        above: bool = value >= low if self.allowed[0] == "[" else value > low
         return above and (value <= high if self.allowed[-1] == "]" else value < high)
 
     def wrong(self, value: object) -> InputError:
@@ -121,10 +124,10 @@ def read_cell(source: str, where: str) -> dict[str, Parameter]:
     }
     found = {}
     for node in ast.parse(source).body:
-        if not isinstance(node, ast.AnnAssign):
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name) or node.value is None:
             raise InputError(f"{where}, line {node.lineno}: expected `name: type = default  # comment`")
         kind = ast.unparse(node.annotation)
-        comment = comments.get(node.end_lineno, "")
+        comment = comments.get(node.end_lineno or 0, "")
         allowed = re.match(r"[\[({][^\])}]*[\])}]", comment)
         found[node.target.id] = Parameter(
             name=node.target.id,
@@ -137,7 +140,7 @@ def read_cell(source: str, where: str) -> dict[str, Parameter]:
     return found
 
 
-def read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict[str, Any]:
     """Read a parameter file. (YAML takes `5e-7` for text; the parameter's type mends that.)"""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ class RecordError(RuntimeError):
 class Run(NamedTuple):
     folder: Path
     table: pd.DataFrame  # COLUMNS, one number a row
-    manifest: dict
+    manifest: dict[str, Any]
 
 
 def runs_root() -> Path:
@@ -129,7 +129,7 @@ def load(folder: Path | str) -> Run:
     return Run(folder, table, manifest)
 
 
-def long(rows: Iterable[tuple]) -> pd.DataFrame:
+def long(rows: Iterable[tuple[object, ...]]) -> pd.DataFrame:
     """A table from tuples in the order of `COLUMNS`."""
     return compact(pd.DataFrame(rows, columns=COLUMNS))
 

@@ -3,26 +3,29 @@
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas as pd
 import torch
 import transformers
+from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, PrinterCallback
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from lddyn import InputError, unknown
 from lddyn.engine import store
 from lddyn.engine.callback import ProbeCallback
-from lddyn.engine.probe_set import ProbeSet
+from lddyn.engine.probe_set import ProbeSet, Tokenizer
 from lddyn.engine.probes import head_sees
 from lddyn.theory import losses
+from lddyn.theory.first_order import Model
 
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd"}  # transformers' names; RMSprop: the authors'
 
@@ -34,19 +37,20 @@ LOGGED = 10  # steps between two rows of the trainer's own numbers
 # --- the trainers ------------------------------------------------------------------------------------------
 
 
-class _Ours:
+class _Ours(Trainer):  # type: ignore[misc]  # here and below: mypy follows neither transformers nor TRL
     """What our trainers do in their own way: the learning rate, and how they resume."""
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """A linear rise that already moves at the first step, then constant."""
         warmup = self.args.warmup_steps
         self.lr_scheduler = LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
         return self.lr_scheduler
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Model | None = None) -> None:
         """transformers leaves out GPT-NeoX's output layer, whose name in files differs from that in memory."""
         if hasattr(self.model, "peft_config") or self.is_fsdp_enabled:  # adapters alone, or weights as in memory
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         (model or self.model).load_state_dict(saved.state_dict())
 
@@ -60,7 +64,7 @@ def _lean_head(vocabulary: int) -> None:
     trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(2**15, vocabulary)
 
 
-class SequenceSumSFT(_Ours, SFTTrainer):
+class SequenceSumSFT(_Ours, SFTTrainer):  # type: ignore[misc]
     """The authors' SFT loss (section 3.1, eq. 4): minus the summed log pi of a response, mean over the batch.
 
     TRL's own loss divides by the number of tokens in the batch; at the same learning rate that is another experiment.
@@ -68,7 +72,9 @@ class SequenceSumSFT(_Ours, SFTTrainer):
 
     loss_is_scaled_for_ga = False  # the mean over responses leaves gradient accumulation to the trainer
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Model, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor | tuple[Tensor, Any]:
         labels = inputs["labels"]  # (batch, tokens), -100 in the prompt
         predicts = pad(labels[:, 1:] != -100, (0, 1))  # where the next token is one of the response
         with head_sees(self.model, predicts):
@@ -78,14 +84,14 @@ class SequenceSumSFT(_Ours, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class TokenMeanSFT(_Ours, SFTTrainer):
+class TokenMeanSFT(_Ours, SFTTrainer):  # type: ignore[misc]
     """TRL's SFT loss: minus the mean log pi of a token."""
 
 
-class TokenisedDPO(_Ours, DPOTrainer):
+class TokenisedDPO(_Ours, DPOTrainer):  # type: ignore[misc]
     """DPO on pairs that are token ids already, cut exactly as the probes are."""
 
-    def _prepare_dataset(self, dataset, *_, **__):
+    def _prepare_dataset(self, dataset: datasets.Dataset, *_: Any, **__: Any) -> datasets.Dataset:
         return dataset
 
 
@@ -95,7 +101,12 @@ class PairLoss(TokenisedDPO):
     `pair_loss` and `options`, its keywords, are set after construction.
     """
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    pair_loss: Callable[..., Tensor]
+    options: Mapping[str, object]
+
+    def compute_loss(
+        self, model: Model, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
         answers = inputs["completion_mask"]  # (chosen then rejected, tokens)
         labels = inputs["input_ids"].masked_fill(answers == 0, -100)
         text = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
@@ -109,8 +120,8 @@ class PairLoss(TokenisedDPO):
 
 
 SFT_LOSSES = {"sequence_sum": SequenceSumSFT, "token_mean": TokenMeanSFT}
-TRL_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard")
-TRL_LOSSES += ("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft")
+TRL_LOSSES = ["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard"]
+TRL_LOSSES += ["aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft"]
 
 
 def check_loss(method: str, loss: str) -> None:
@@ -125,7 +136,7 @@ def check_loss(method: str, loss: str) -> None:
                 raise unknown("loss", name, dict.fromkeys([*TRL_LOSSES, *losses.LOSSES]))
 
 
-def sft_rows(tokenizer, prompts: list[str], responses: list[str], **lengths) -> datasets.Dataset:
+def sft_rows(tokenizer: Tokenizer, prompts: list[str], responses: list[str], **lengths: Any) -> datasets.Dataset:
     """Prompts and responses as token ids, the same as the probes see; the loss is on the response only."""
     ids = ProbeSet(prompts, {"chosen": responses}).encode(tokenizer, **lengths)
     pairs = list(zip(ids.prompts, ids.responses["chosen"], strict=True))
@@ -133,14 +144,16 @@ def sft_rows(tokenizer, prompts: list[str], responses: list[str], **lengths) -> 
     return datasets.Dataset.from_dict(rows)
 
 
-def dpo_rows(tokenizer, prompts: list[str], chosen: list[str], rejected: list[str], **lengths) -> datasets.Dataset:
+def dpo_rows(
+    tokenizer: Tokenizer, prompts: list[str], chosen: list[str], rejected: list[str], **lengths: Any
+) -> datasets.Dataset:
     """Pairs as token ids, the same as the probes see."""
     ids = ProbeSet(prompts, {"chosen": chosen, "rejected": rejected}).encode(tokenizer, **lengths)
     rows = {"prompt_ids": ids.prompts, "chosen_ids": ids.responses["chosen"], "rejected_ids": ids.responses["rejected"]}
     return datasets.Dataset.from_dict(rows)
 
 
-def with_adapters(model, rank: int, seed: int):
+def with_adapters(model: Model, rank: int, seed: int) -> Model:
     """The model with LoRA adapters of this rank on all linear layers, in float32; they begin as no change at all."""
     from peft import LoraConfig, get_peft_model
 
@@ -195,13 +208,13 @@ class Training:
 
 def train(
     work: Path,
-    model: torch.nn.Module,
-    tokenizer,
+    model: Model,
+    tokenizer: Tokenizer,
     rows: datasets.Dataset,
     callback: ProbeCallback,
     how: Training,
-    reference: torch.nn.Module | None = None,
-) -> list[dict]:
+    reference: Model | None = None,
+) -> list[dict[str, Any]]:
     """Train a model in place with TRL; returns the trainer's log, one dict for each logged step.
 
     The reference is the model as it comes in, unless one is given. Continues from the last whole checkpoint in `work`.
@@ -250,10 +263,10 @@ def train(
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     if callback.stopped:
         raise store.RecordError(callback.stopped)
-    return trainer.state.log_history
+    return list(trainer.state.log_history)
 
 
-def _check_room(model, rows: datasets.Dataset) -> None:
+def _check_room(model: Model, rows: datasets.Dataset) -> None:
     """Raise `InputError` when a row is longer than the model's positions; some would fail in the middle of training."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not room:
@@ -267,12 +280,12 @@ def _check_room(model, rows: datasets.Dataset) -> None:
             raise InputError(f"{what}: lower max_prompt or max_response")
 
 
-def _pair_trainer(common: dict, loss: str, options: dict, parts: dict) -> TokenisedDPO:
+def _pair_trainer(common: dict[str, Any], loss: str, options: dict[str, Any], parts: dict[str, Any]) -> TokenisedDPO:
     """The trainer for one of `losses.LOSSES`, one of TRL's, or a sum of TRL's."""
     found = losses.LOSSES.get(loss)
     of_trl = found.trl if found else loss
-    if of_trl:
-        return TokenisedDPO(args=DPOConfig(**common, loss_type=of_trl.split("+"), **options), **parts)
+    if of_trl or not found:
+        return TokenisedDPO(args=DPOConfig(**common, loss_type=(of_trl or loss).split("+"), **options), **parts)
     takes = losses.keywords(found.function)
     for name in options:
         if name not in takes:
@@ -282,7 +295,7 @@ def _pair_trainer(common: dict, loss: str, options: dict, parts: dict) -> Tokeni
     return trainer
 
 
-def log_rows(log: list[dict], batch_size: int) -> pd.DataFrame:
+def log_rows(log: list[dict[str, Any]], batch_size: int) -> pd.DataFrame:
     """The trainer's own numbers (loss, gradient norm, and for DPO margin and accuracy) as rows of a long table."""
     names = {"loss": "train_loss", "grad_norm": "grad_norm", "rewards/margins": "train_margin"}
     return store.long(

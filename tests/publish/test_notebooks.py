@@ -129,9 +129,10 @@ def test_parameters_reach_the_notebook_with_their_types(tmp_path):
     assert "0.5" in (tmp_path / "out.ipynb").read_text()
 
 
-def test_a_line_of_the_parameters_cell_without_a_type_is_refused(tmp_path):
+@pytest.mark.parametrize("line", ["lr = 1e-3", "lr: float", "lr.x: float = 1e-3"])
+def test_a_line_of_the_parameters_cell_without_name_type_and_default_is_refused(tmp_path, line):
     with pytest.raises(InputError, match="line 1: expected `name: type = default"):
-        notebooks.parameters(notebook(tmp_path / "n.ipynb", parameters="lr = 1e-3"))
+        notebooks.parameters(notebook(tmp_path / "n.ipynb", parameters=line))
 
 
 def test_running_several_notebooks_at_once_does_not_mix_their_outputs(tmp_path):
