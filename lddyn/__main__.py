@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lddyn import InputError, __version__
 from lddyn.chapters import claims
-from lddyn.engine import models, store
+from lddyn.engine import models, pool, store
 from lddyn.publish import build, notebooks, pages, pdf, status
-from lddyn.workshop import chat, estimate, launch, rephrase, report, sweep, tune
+from lddyn.workshop import chat, estimate, launch, pretrained, rephrase, report, sweep, tune
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
     again = commands.add_parser("pretrain", help="make the built-in models again and say whether they are equal")
     again.add_argument("sizes", nargs="*", help="tiny, small, world (default: all)")
     again.add_argument("--ship", action="store_true", help="put them in the place of those of the package")
+
+    real = commands.add_parser("pretrained", help="make the recorded runs on SmolLM2 again, and compare")
+    real.add_argument("pieces", nargs="*", help="such as 03_sft/main (default: all, what matters most first)")
+    real.add_argument("--seeds", type=positive, help="number of seeds (default: by scale)")
+    real.add_argument("--first-seed", type=int, help="the first of them (default: by scale)")
+    real.add_argument("--record", action="store_true", help="put them in the place of those of the book")
     return top
 
 
@@ -205,6 +211,12 @@ def _pretrain(a) -> int:
     return 0 if equal else 1
 
 
+def _pretrained(a) -> int:
+    pool.show_progress()
+    pretrained.make(a.pieces, {"seeds": a.seeds, "first_seed": a.first_seed}, a.record)
+    return 0
+
+
 COMMANDS = {
     "run": _run,
     "parameters": _parameters,
@@ -218,6 +230,7 @@ COMMANDS = {
     "status": _status,
     "claims": _claims,
     "pretrain": _pretrain,
+    "pretrained": _pretrained,
 }
 
 if __name__ == "__main__":

@@ -147,6 +147,26 @@ def mean_interval(values) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def in_interval(values, digits: int = 1) -> str:
+    """`mean_interval` as a cell of a table: "+4.1 [+2.0, +6.2]"; of a single value that value alone."""
+    mean, low, high = mean_interval(values)
+    spread = f" [{low:+.{digits}f}, {high:+.{digits}f}]" if math.isfinite(low) else ""
+    return f"{mean:+.{digits}f}{spread}"
+
+
+def end_changes(table: pd.DataFrame, split: str = "train") -> pd.Series:
+    """End change of every type, and of y* along PATHS, in nats summed over a response: means and intervals over seeds.
+
+    `split`: of the prompts; y* has its own (`PATHS`).
+    """
+    runs = [rows for _, rows in table.groupby("seed")]
+    kinds = [kind for kind in RESPONSE_TYPES if len(mean_over_prompts(runs[0], kind, split=split))]
+    found = {kind: in_interval([change(run, kind, split=split) for run in runs]) for kind in kinds}
+    return pd.Series(
+        found | {f"y* along {path}": in_interval([top_change(run, path) for run in runs]) for path in PATHS}
+    )
+
+
 def partial_slope(data: pd.DataFrame) -> tuple[float, np.ndarray, np.ndarray]:
     """Slope of y on x with all other columns but `prompt_id` held fixed, and the residuals of both."""
     controls = data.drop(columns=["prompt_id", "x", "y"]).to_numpy()

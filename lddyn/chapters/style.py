@@ -1,5 +1,7 @@
 """One style, one colour per family of responses, and curves of seeds with their range."""
 
+from collections.abc import Mapping
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -93,6 +95,18 @@ def response_curves(table: pd.DataFrame, per_epoch: float, split: str = "train")
         change_panel(ax, table, kinds, title, per_epoch, split)
     for ax in axes[1]:
         ax.set_xlabel("epoch")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("change of log π (nats)")
+    return fig
+
+
+def two_scales(runs: Mapping[str, tuple[pd.DataFrame, float]]) -> Figure:
+    """`response_curves` of several models side by side: name -> their table, and optimiser steps in an epoch."""
+    fig, axes = plt.subplots(len(PANELS), len(runs), figsize=(9, 10), sharex="col", squeeze=False)
+    for column, (name, (table, per_epoch)) in zip(axes.T, runs.items(), strict=True):
+        for ax, (title, kinds) in zip(column, PANELS.items(), strict=True):
+            change_panel(ax, table, kinds, f"{name}: {title}", per_epoch)
+        column[-1].set_xlabel("epoch")
     for ax in axes[:, 0]:
         ax.set_ylabel("change of log π (nats)")
     return fig

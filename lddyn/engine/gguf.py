@@ -41,7 +41,7 @@ def file(model: str) -> Path:
 def read(path: Path) -> tuple[Model, Tokenizer]:
     """The model in a GGUF file, its weights in float32, and its tokenizer.
 
-    Raises `InputError` for a file that is damaged, without a tokenizer, or of an architecture that `transformers` cannot
+    Raises `InputError` for a file that is damaged, lacks a tokenizer, or has an architecture that `transformers` cannot
     read.
     """
     with open(path, "rb") as start:

@@ -104,9 +104,9 @@ def read(
 ) -> tuple[Model, probe_set.Tokenizer]:
     """A causal language model, in evaluation mode and with dropout set to 0 as in the paper, and its tokenizer.
 
-    `model`: a folder, a hub id, a GGUF file or "smollm2". `attention`: "sdpa", "eager" (which forward-mode derivatives need), or None for the
-    library's choice. Weights are read from safetensors only. Raises `InputError` when there is no such model, device or
-    dtype.
+    `model`: a folder, a hub id, a GGUF file or "smollm2". `attention`: "sdpa", "eager" (which forward-mode derivatives
+    need), or None for the library's choice. Weights are read from safetensors only. Raises `InputError` when there is
+    no such model, device or dtype.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)

@@ -1,7 +1,9 @@
 """Several runs side by side: in processes of this machine, or through anything with a `.submit`."""
 
 import contextlib
+import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,15 +23,21 @@ def run_all(
     inputs: Mapping[str, Path] | None = None,
     workers: int | None = None,
     executor: Executor | None = None,
+    done: Callable[[store.Run], None] | None = None,
 ) -> list[store.Run]:
     """Run `function` once for each of `settings`, side by side, and return the runs in the same order.
 
     `executor` is anything with `.submit` (a process pool by default, with one process per core and one thread
-    each). What finished stays, also when another run fails; the first failure is raised at the end.
+    each). What finished stays, also when another run fails; the first failure is raised at the end. `done` is told each
+    run when it is there.
     """
     settings = list(settings)
     with _pool(min(workers or os.cpu_count() or 1, len(settings)), executor) as submit:
-        return _results([submit(function, s, inputs) for s in settings])
+        futures = [submit(function, s, inputs) for s in settings]
+        for run in _finished(list(futures)):
+            if done and not run.exception():
+                done(run.result())
+        return _results(futures)
 
 
 def run_then(
@@ -40,6 +48,7 @@ def run_then(
     inputs: Mapping[str, Path] | None = None,
     workers: int | None = None,
     executor: Executor | None = None,
+    done: Callable[[store.Run], None] | None = None,
 ) -> list[store.Run]:
     """Run `first` for each of `settings`, and from each of its runs, as soon as it is there, runs of `then`.
 
@@ -49,16 +58,30 @@ def run_then(
     with _pool(workers or os.cpu_count() or 1, executor) as submit:
         before = [submit(first, s, inputs) for s in settings]
         waiting, after = list(before), {}
-        while waiting:
-            done = next((f for f in waiting if f.done()), None)
-            if done is None:
-                time.sleep(0.05)  # any executor's futures have `done`; few can be waited for together
+        for run in _finished(waiting):
+            if run.exception():
                 continue
-            waiting.remove(done)
-            if not done.exception():
-                after[done] = [submit(then, s, inputs) for s in settings_of(done.result())]
+            if run in before:
+                after[run] = [submit(then, s, inputs) for s in settings_of(run.result())]
+                waiting += after[run]
+            if done:
+                done(run.result())
         _results([f for f in before if f not in after] + [f for futures in after.values() for f in futures])
         return [f.result() for stage in before for f in after[stage]]
+
+
+def _finished(waiting: list[Future[store.Run]]) -> Iterator[Future[store.Run]]:
+    """Each future when it is done; the list empties, and may grow meanwhile.
+
+    Any executor's futures have `done`; few can be waited for together.
+    """
+    while waiting:
+        future = next((f for f in waiting if f.done()), None)
+        if future is None:
+            time.sleep(0.05)
+            continue
+        waiting.remove(future)
+        yield future
 
 
 @contextlib.contextmanager
@@ -87,7 +110,8 @@ def _pool(workers: int, executor: Executor | None) -> Iterator[Callable[..., Fut
         start = _call
         yield submit
     else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=as_worker) as pool:
+        loud, spawn = logging.getLogger("lddyn").isEnabledFor(logging.INFO), get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=as_worker, initargs=(loud,)) as pool:
             start = pool.submit
             yield submit
 
@@ -108,10 +132,18 @@ def _results(futures: Sequence[Future[store.Run]]) -> list[store.Run]:
     return [future.result() for future in futures]
 
 
-def as_worker() -> None:
+def show_progress() -> None:
+    """Let this process, and those of its pools, print how far trainings are (`progress`), on stdout."""
+    logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.getLogger("lddyn").setLevel(logging.INFO)
+
+
+def as_worker(loud: bool = False) -> None:
     """In a new process: one thread, said before torch and the tokenizers are imported, and no life after its parent."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if loud:
+        show_progress()
 
     def end_with_parent() -> None:
         if parent := parent_process():

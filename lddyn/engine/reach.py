@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-CARRIERS = ("lddyn.engine.cache", "lddyn.engine.pool", "lddyn.engine.reach")  # they bring numbers and make none
+# they bring numbers, or speak of them, and make none
+CARRIERS = ("lddyn.engine.cache", "lddyn.engine.pool", "lddyn.engine.progress", "lddyn.engine.reach")
 NUMERICAL = ("numpy", "peft", "scipy", "sklearn", "tokenizers", "torch", "transformers", "trl")
 
 

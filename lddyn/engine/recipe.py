@@ -29,6 +29,12 @@ SCALES = {
         "epochs": 16, "evaluations": 15, "batch_size": 8, "lr": 5e-4, "optimizer": "adamw", "warmup": 0,
         "generate": 30, "map_epochs": 6, "map_evaluations": 5,
     },
+    "pretrained": {
+        "seeds": 3, "first_seed": 10, "model": "smollm2", "size": "small", "data": "builtin", "format": "chat",
+        "n_train": 96, "n_probe": 14, "n_probe_test": 6, "max_prompt": 96, "max_response": 96,
+        "epochs": 4, "evaluations": 10, "batch_size": 4, "lr": 5e-6, "optimizer": "rmsprop", "warmup": 10,
+        "generate": 6, "map_epochs": 3, "map_evaluations": 3,
+    },
     "paper": {
         "seeds": 3, "model": "EleutherAI/pythia-410m-deduped", "size": "small", "data": "hh",
         "n_train": 5000, "n_probe": 500, "n_probe_test": 500, "max_prompt": 256, "max_response": 256,
@@ -163,6 +169,7 @@ class Stages:
     max_response: int
     device: str
     dtype: str
+    format: str = "auto"
     skip_bad_rows: str = "no"
     clip: float = 10.0
 

@@ -54,8 +54,7 @@ def derive(cls: type[S], *sources: object, **values: object) -> S:
 
 def lengths(settings: Any) -> dict[str, Any]:
     """Where prompts and responses are cut, in tokens, and how they are rendered: keywords of `ProbeSet.encode`."""
-    cut = {"max_prompt": settings.max_prompt, "max_response": settings.max_response}
-    return cut | {"format": getattr(settings, "format", "auto")}
+    return {name: getattr(settings, name) for name in ("max_prompt", "max_response", "format")}
 
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}

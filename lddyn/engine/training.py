@@ -24,6 +24,7 @@ from lddyn.engine import store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import ProbeSet, Tokenizer
 from lddyn.engine.probes import head_sees
+from lddyn.engine.progress import Progress
 from lddyn.theory import losses
 from lddyn.theory.first_order import Model
 
@@ -251,7 +252,12 @@ def train(
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
     }
-    parts = {"model": model, "processing_class": tokenizer, "train_dataset": rows, "callbacks": [callback]}
+    parts = {
+        "model": model,
+        "processing_class": tokenizer,
+        "train_dataset": rows,
+        "callbacks": [callback, Progress(work.parent.name, callback)],
+    }
     if how.method == "sft":
         trainer = SFT_LOSSES[how.loss](args=SFTConfig(**common), **parts)
     else:

@@ -39,6 +39,11 @@ OWN = {
         "evaluations": 5, "every": 1, "block": 8, "batch_size": 8, "dpo_lr": 2e-4,
         "updates": 2, "draws": 2, "sketch": 2, "batch_of_factors": 32, "matrices": True,
     },
+    "pretrained": {
+        "n_train": 32, "n_probe": 2, "max_prompt": 96, "max_response": 48, "epochs": 3, "dpo_epochs": 1.0,
+        "evaluations": 3, "every": 4, "block": 8, "batch_size": 4, "dpo_lr": 1e-5,
+        "updates": 1, "draws": 2, "sketch": 1, "batch_of_factors": 8, "matrices": False,
+    },
     "paper": {
         "n_train": 5000, "n_probe": 20, "max_prompt": 256, "max_response": 256, "epochs": 8, "dpo_epochs": 8.0,
         "evaluations": 20, "every": 25, "block": 1250, "batch_size": 4, "dpo_lr": 5e-7,
@@ -80,6 +85,7 @@ class Chapter:
     first_seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    format: str = "auto"
     skip_bad_rows: str = "no"
 
 
@@ -109,6 +115,7 @@ class Follow:
     max_response: int
     device: str
     dtype: str
+    format: str = "auto"
     skip_bad_rows: str = "no"
     method: str = "sft"  # or dpo
     stage: str = ""

@@ -32,6 +32,11 @@ SCALES = {
         "epochs": 1.5, "evaluations": 21, "batch_size": 4, "lr": 1.5e-4, "beta": 0.1,
         "few": 64, "few_lr": 1.6e-3, "few_evaluations": 2, "generate": 12, "account": 12,
     },
+    "pretrained": recipe.AFTER_SFT["pretrained"] | {
+        "n_train": 64, "n_probe": 14, "n_probe_test": 6, "sft_short": 1, "sft_epochs": 4, "sft_long": 4,
+        "epochs": 2.0, "evaluations": 10, "batch_size": 4, "lr": 1e-5, "beta": 0.1,
+        "few": 32, "few_lr": 2e-5, "few_evaluations": 2, "generate": 6, "account": 6, "more_rates": (0.1, 10.0),
+    },
     "paper": recipe.AFTER_SFT["paper"] | {
         "n_train": 5000, "n_probe": 500, "n_probe_test": 500, "sft_short": 2, "sft_epochs": 4, "sft_long": 8,
         "epochs": 4.0, "evaluations": 200, "batch_size": 4, "lr": 5e-7, "beta": 0.1,
@@ -45,7 +50,7 @@ class Chapter:
     """The settings of chapter 5, chosen by scale; see the notebook's parameters for what they mean.
 
     `sft_*` belong to the SFT before: its learning rate and batch, as in chapter 3, and its lengths in epochs. `few` is
-    the number of pairs in the short runs, one epoch each, at the learning rate `few_lr`.
+    the number of pairs in the short runs, one epoch each, at the learning rate `few_lr` and `more_rates` times it.
     """
 
     seeds: int
@@ -74,10 +79,12 @@ class Chapter:
     few_evaluations: int
     generate: int
     account: int
+    more_rates: tuple[float, ...] = ()
     first_seed: int = 10
     loss: str = "sigmoid"
     device: str = "cpu"
     dtype: str = "float32"
+    format: str = "auto"
     skip_bad_rows: str = "no"
 
 
@@ -109,6 +116,7 @@ class Align:
     account: int
     device: str
     dtype: str
+    format: str = "auto"
     skip_bad_rows: str = "no"
     clip: float = 10.0
 
@@ -138,7 +146,15 @@ def grid(c: Chapter, stage: store.Run) -> list[Align]:
     kinds = [kind for kind, source in PAIRS.items() if source in first]
     cells = [{"pairs": kind} | cell for kind in kinds for cell in ({}, {"sft_epochs": c.sft_long}, slow)]
     cells += [{"sft_epochs": 0}, {"beta": c.beta * 5}, {"beta": c.beta * 5} | slow]
+    cells += [{"lr": c.few_lr * factor} for factor in c.more_rates]
     return [whole, *(replace(short, **cell) for cell in cells)]
+
+
+def from_base(c: Chapter) -> list[Align]:
+    """The baseline without the SFT before it: DPO from the model itself, one run a seed."""
+    start = {"model": recipe.base_model(c), "stage": "", "sft_epochs": 0}
+    whole = derive(Align, c, seed=c.first_seed, **start, pairs="as_written", measure="all")
+    return [replace(whole, seed=c.first_seed + n) for n in range(c.seeds)]
 
 
 def write_pairs(path: Path, s: Align) -> str:

@@ -31,6 +31,12 @@ SCALES = {
         "world_size": "world", "world_seeds": 5, "world_n_train": 128, "world_lr": 2e-4, "world_batch_size": 16,
         "world_epochs": 6, "judged": 64, "world_max_response": 64, "designs": 4,
     },
+    "pretrained": recipe.AFTER_SFT["pretrained"] | {
+        "n_train": 64, "n_probe": 12, "n_probe_test": 4, "sft_epochs": 2, "sft_evaluations": 3,
+        "epochs": 2.0, "evaluations": 7, "batch_size": 4, "lr": 1e-5, "beta": 0.1,
+        "world_size": "world", "world_seeds": 5, "world_n_train": 128, "world_lr": 2e-4, "world_batch_size": 16,
+        "world_epochs": 6, "judged": 64, "world_max_response": 64, "designs": 4,
+    },
     "paper": recipe.AFTER_SFT["paper"] | {
         "n_train": 5000, "n_probe": 500, "n_probe_test": 500, "sft_epochs": 2, "sft_evaluations": 50,
         "epochs": 6.0, "evaluations": 150, "batch_size": 4, "lr": 5e-7, "beta": 0.1,
@@ -81,6 +87,7 @@ class Chapter:
     first_world_seed: int = 30
     device: str = "cpu"
     dtype: str = "float32"
+    format: str = "auto"
     skip_bad_rows: str = "no"
 
 
@@ -113,6 +120,7 @@ class Follow:
     judgements: int
     device: str
     dtype: str
+    format: str = "auto"
     skip_bad_rows: str = "no"
     clip: float = 10.0
 
@@ -129,6 +137,7 @@ def in_world(c: Chapter) -> Chapter:
         n_train=c.world_n_train, max_prompt=48, max_response=c.world_max_response,
         sft_epochs=MAIN.sft_epochs, sft_evaluations=3, sft_lr=5e-4, sft_batch_size=c.world_batch_size,
         epochs=c.world_epochs, evaluations=7, batch_size=c.world_batch_size, lr=c.world_lr, optimizer="adamw", warmup=0,
+        format="auto",
     )  # fmt: skip
 
 

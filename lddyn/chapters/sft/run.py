@@ -42,6 +42,7 @@ class Chapter:
     loss: str = "sequence_sum"
     device: str = "cpu"
     dtype: str = "float32"
+    format: str = "auto"
     skip_bad_rows: str = "no"
 
 
@@ -68,6 +69,7 @@ class Finetune:
     generate: int
     device: str
     dtype: str
+    format: str = "auto"
     skip_bad_rows: str = "no"
     clip: float = 10.0
 

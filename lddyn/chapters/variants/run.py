@@ -81,6 +81,7 @@ class Chapter:
     first_seed: int = 40
     device: str = "cpu"
     dtype: str = "float32"
+    format: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Vary:
     max_response: int
     device: str
     dtype: str
+    format: str = "auto"
     clip: float = 10.0
 
 

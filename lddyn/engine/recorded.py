@@ -1,0 +1,75 @@
+"""Runs that take long, kept beside the code: table, manifest and answers of each, as every reader's book draws them.
+
+book/recorded/pretrained/05_dpo/after SFT, seed 10/     table.parquet, manifest.json, answers.json
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lddyn.engine import store
+
+FOLDER = store.ROOT / "book" / "recorded" / "pretrained"
+SCALE = "pretrained"
+JUDGED = {  # what claims are judged by, of each chapter
+    "02_decomposition": ("main",),
+    "03_sft": ("main", "map"),
+    "05_dpo": ("after_sft", "short"),
+    "07_extend": ("natural",),
+}
+KEYS = ["step", "prompt_id", "response_type", "metric"]
+
+
+def write(run: store.Run, chapter: str, group: str) -> Path:
+    """Keep a run under the name of its chapter, what it belongs to, and its own; returns the folder.
+
+    Values are rounded to float32. The manifest loses what only the cache needs: hashes of definitions, and where on
+    this machine things lie.
+    """
+    folder = FOLDER / chapter / group / run.folder.name
+    folder.mkdir(parents=True, exist_ok=True)
+    table = run.table.astype({"value": "float32", "step": "int32", "examples": "int32"})
+    store.write_atomically(
+        folder / "table.parquet", lambda p: table.to_parquet(p, index=False, compression="zstd", compression_level=19)
+    )
+    if (run.folder / "answers.json").exists():
+        shutil.copyfile(run.folder / "answers.json", folder / "answers.json")
+    manifest = {k: v for k, v in run.manifest.items() if k != "code"}
+    manifest["inputs"] = {name: {"sha256": file["sha256"]} for name, file in manifest["inputs"].items()}
+    manifest["table_sha256"] = store.file_hash(folder / "table.parquet")
+    store.write_json(folder / "manifest.json", _portable(manifest))
+    return folder
+
+
+def _portable(content: dict[str, Any]) -> dict[str, Any]:
+    """The same without this machine's paths, and without the keys of the runs that a run began from."""
+    text = json.dumps(content)
+    for place, name in ((store.runs_root(), "runs"), (store.PACKAGE, "lddyn")):
+        text = text.replace(json.dumps(str(place))[1:-1], name)
+    portable: dict[str, Any] = json.loads(re.sub(r"(runs/[a-z.]+)-[0-9a-f]{12}", r"\1", text))
+    return portable
+
+
+def read(chapter: str, *groups: str) -> list[store.Run]:
+    """The kept runs of a chapter that belong to these groups, in the order of seeds; none where none is kept."""
+    found = [store.load(path.parent) for group in groups for path in (FOLDER / chapter / group).glob("*/manifest.json")]
+    wide = [run._replace(table=run.table.astype({"value": "float64"})) for run in found]
+    return sorted(wide, key=lambda run: (run.manifest["parameters"]["seed"], run.folder.name))
+
+
+def published() -> dict[str, dict[str, Any]]:
+    """What claims are judged by on the real model: chapter -> scale and runs, as far as they are kept."""
+    found = {chapter: read(chapter, *groups) for chapter, groups in JUDGED.items()}
+    return {chapter: {"scale": SCALE, "runs": runs} for chapter, runs in found.items() if runs}
+
+
+def compare(run: store.Run, chapter: str, group: str) -> str:
+    """How far a run is from the kept one with its settings, in words: the largest difference of a log-probability."""
+    kept = [k for k in read(chapter, group) if k.manifest["parameters"] == _portable(run.manifest["parameters"])]
+    if not kept:
+        return "not recorded before"
+    shown = ("logp_sum", "argmax_logp_sum")
+    then, now = (r.table[r.table.metric.isin(shown)].set_index(KEYS).value for r in (kept[0], run))
+    return f"at most {(now - then).abs().max():.2g} nats from the recorded one, summed over a response"

@@ -1,0 +1,77 @@
+"""The recorded runs of the book on a real language model, SmolLM2-135M-Instruct: made, and made again.
+
+The settings are the scale `pretrained` of chapters 2, 3, 5 and 7. A run that is in the cache is read, one that was
+interrupted continues, and each is kept (`recorded`) as soon as it is there.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from lddyn import unknown
+from lddyn.chapters.decomposition import run as decomposition
+from lddyn.chapters.dpo import run as dpo
+from lddyn.chapters.extend import run as extend
+from lddyn.chapters.sft import run as sft
+from lddyn.engine import pool, recipe, recorded, store
+
+Done = Callable[[store.Run], None]
+
+
+def pieces(given: Mapping[str, object]) -> dict[str, Callable[[Done], object]]:
+    """The pieces of the set, what matters most first: "chapter/group", and what computes its runs and tells each.
+
+    `given`: settings in place of those of the scale, such as `seeds`.
+    """
+    of_sft, of_dpo, extended, decomposed = (
+        chapter.settings("pretrained", given) for chapter in (sft, dpo, extend, decomposition)
+    )
+    files = recipe.files(of_sft)
+    whole, small = sft.grid(of_sft)[: of_sft.seeds], sft.grid(of_sft)[of_sft.seeds :]
+    plain = replace(whole[0], format="plain")
+    of_first = small[: len(sft.HEAT_MAP_TARGETS)]  # the heat map, on the first seed
+    stages = dpo.stage_grid(of_dpo)
+
+    def after_sft(which: slice) -> Callable[[Done], object]:
+        return lambda done: pool.run_then(
+            recipe.stages, stages, dpo.align, lambda stage: dpo.grid(of_dpo, stage)[which], files, done=done
+        )
+
+    def of_chapter_2(done: Done) -> object:
+        first, then = decomposition.follow, lambda stage: decomposition.dpo_grid(decomposed, stage)
+        return pool.run_then(first, decomposition.grid(decomposed), first, then, files, done=done)
+
+    return {
+        "03_sft/main": lambda done: pool.run_all(sft.finetune, whole, files, done=done),
+        "05_dpo/after_sft": after_sft(slice(0, 1)),
+        "05_dpo/from_chat": lambda done: pool.run_all(dpo.align, dpo.from_base(of_dpo), files, done=done),
+        "07_extend/natural": lambda done: pool.run_all(extend.follow, extend.natural_grid(extended), files, done=done),
+        "05_dpo/short": after_sft(slice(1, None)),
+        "02_decomposition/main": of_chapter_2,
+        "03_sft/map": lambda done: pool.run_all(sft.finetune, of_first, files, done=done),
+        "03_sft/plain": lambda done: pool.run_all(sft.finetune, [plain], files, done=done),
+    }
+
+
+def make(names: Sequence[str], given: Mapping[str, object], keep: bool) -> list[str]:
+    """Compute the pieces with these names, or all, and compare each run with the one that is kept; a line for each.
+
+    With `keep` it takes its place. Raises `InputError` for an unknown piece.
+    """
+    known, lines = pieces(given), []
+    for name in names:
+        if name not in known:
+            raise unknown("piece", name, known)
+
+    def told(piece: str, run: store.Run) -> None:
+        if run.manifest["function"].endswith(":stages"):  # they bring weights, and little to see
+            return
+        minutes, apart = run.manifest["seconds"] / 60, recorded.compare(run, *piece.split("/"))
+        line = f"{piece}/{run.folder.name}: {minutes:.1f} min, {apart}"
+        print(line, flush=True)
+        lines.append(line)
+        if keep:
+            recorded.write(run, *piece.split("/"))
+
+    for piece in names or known:
+        known[piece](lambda run, piece=piece: told(piece, run))
+    return lines
