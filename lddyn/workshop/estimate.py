@@ -19,7 +19,7 @@ import yaml
 
 from lddyn import InputError
 from lddyn.data import hub
-from lddyn.engine import models, probes, store
+from lddyn.engine import pretraining, probes, store
 
 ARCHITECTURES = store.ROOT / "book" / "settings" / "architectures.yml"
 GIB = 2**30
@@ -69,13 +69,13 @@ def known() -> dict[str, dict]:
 
 def architecture(size: str) -> dict[str, int]:
     """Width, layers, heads and vocabulary of the built-in model: of a named size, or of WIDTHxLAYERS such as 192x6."""
-    if size in models.SIZES:
-        return models.SIZES[size]["architecture"]
+    if size in pretraining.SIZES:
+        return pretraining.SIZES[size]["architecture"]
     match = re.fullmatch(r"(\d+)x(\d+)", size)
     if not match or int(match[1]) % 32 or not int(match[1]) or not int(match[2]):
-        allowed = f"{', '.join(models.SIZES)}, or WIDTHxLAYERS such as 192x6 with a width that 32 divides"
+        allowed = f"{', '.join(pretraining.SIZES)}, or WIDTHxLAYERS such as 192x6 with a width that 32 divides"
         raise InputError(f"unknown size {size!r} (allowed: {allowed})")
-    vocabulary = models.SIZES["small"]["architecture"]["vocab"]
+    vocabulary = pretraining.SIZES["small"]["architecture"]["vocab"]
     return {"width": int(match[1]), "layers": int(match[2]), "heads": int(match[1]) // 32, "vocab": vocabulary}
 
 

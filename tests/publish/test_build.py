@@ -90,5 +90,19 @@ def test_the_engine_makes_those_runs_stale_that_reach_it(clone, before):
     assert runs == ["sft", "dpo", "extend"] and "01_mnist" not in notebooks and "03_sft" in notebooks
 
 
+def test_pre_training_makes_nothing_stale_but_the_weights_that_come_out_of_it_do(clone, before):
+    edit = ("lddyn/engine/pretraining.py", "betas=(0.9, 0.99)", "betas=(0.9, 0.95)")
+    assert stale_after(clone, before, edit) == ([], [])
+    weights = clone / "lddyn" / "data" / "models" / "tiny" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    try:
+        weights.write_bytes(b"other")
+        after = state(clone)
+    finally:
+        shutil.rmtree(clone / "lddyn" / "data" / "models")
+    changed = [name for name in before["notebooks"] if before["notebooks"][name] != after["notebooks"][name]]
+    assert changed == [name for name in pages.chapters() if name not in ("01_mnist", "04_squeezing")]
+
+
 def test_every_notebook_is_in_the_book(before):
     assert list(before["notebooks"]) == pages.chapters()
