@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from lddyn import InputError, unknown
-from lddyn.data import hub
+from lddyn import InputError, first_line, hub_or_cache, unknown
 from lddyn.engine import pretraining, store
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -108,7 +107,7 @@ def _device(name: str) -> torch.device:
 def _from_pretrained(source: str, dtype: torch.dtype, trust_remote_code: bool, attention: str | None):
     options = {"trust_remote_code": trust_remote_code}
     try:
-        with contextlib.nullcontext() if Path(source).is_dir() else hub.hub_or_cache():
+        with contextlib.nullcontext() if Path(source).is_dir() else hub_or_cache():
             config = AutoConfig.from_pretrained(source, **options)
             if config.is_encoder_decoder:
                 raise InputError(f"{config.model_type} has an encoder beside its decoder")
@@ -145,7 +144,7 @@ def sees_later_tokens(model) -> bool:
 
 
 def _why_not(source: str, error: Exception) -> str:
-    reason = hub.first_line(error)
+    reason = first_line(error)
     if "trust_remote_code" in str(error):
         return f"model {source!r} comes with its own code, which runs only with trust_remote_code=True"
     if Path(source).is_dir():

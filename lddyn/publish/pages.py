@@ -8,7 +8,7 @@ import pandas as pd
 import yaml
 from docutils.nodes import make_id
 
-from lddyn.chapters import claims, style, tables
+from lddyn.chapters import claims, style
 from lddyn.data import preferences, responses
 from lddyn.engine import store
 from lddyn.publish import display, hero, status
@@ -78,10 +78,10 @@ def write_scorecard(entries: list[dict]) -> None:
         count=len(entries),
         counts=", ".join(f"{len(those)} {v}" for v, those in by_verdict.items()),
         scales=", ".join(sorted({e["scale"] for e in entries if e["scale"]})) or "none",
-        summary=tables.markdown(
+        summary=claims.markdown_table(
             ("verdict", "claims", "numbers"), [(v, len(those), numbers[v]) for v, those in by_verdict.items()]
         ),
-        table=tables.verdicts(entries, links=_figure_address),
+        table=claims.as_html(entries, links=_figure_address),
     )
 
 
@@ -101,7 +101,7 @@ def write_chapters(shown: dict[str, dict]) -> None:
         minutes = sum(m["seconds"] for m in runs) / 60
         rows.append((f"{{doc}}`/notebooks/{name}`", shown[name]["scale"], seeds, len(runs), f"{minutes:.1f}"))
     heads = ("chapter", "scale", "seeds", "runs", "minutes of one core")
-    _write("chapters.md", table=tables.markdown(heads, rows))
+    _write("chapters.md", table=claims.markdown_table(heads, rows))
 
 
 def write_status() -> None:
@@ -132,7 +132,7 @@ def write_data_card() -> None:
     by_word, by_character = (responses.style_accuracy(chosen, rejected, unit) for unit in ("word", "char"))
     _write(
         "data_card.md",
-        splits=tables.markdown(("split", "questions", "words of chosen", "words of rejected"), rows),
+        splits=claims.markdown_table(("split", "questions", "words of chosen", "words of rejected"), rows),
         by_word=f"{by_word:.2f}",
         by_character=f"{by_character:.2f}",
     )
@@ -204,7 +204,7 @@ def in_words(measured: dict, whose: str) -> dict[str, str]:
         ),
     }
     found = {
-        name: tables.markdown(
+        name: claims.markdown_table(
             [head for _, head, _ in wanted],
             [[format(row[key], style) for key, _, style in wanted] for row in measured[name]],
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lddyn import InputError, unknown
-from lddyn.chapters import tables
+from lddyn.chapters import claims
 from lddyn.chapters.dpo import run as dpo
 from lddyn.data import preferences
 from lddyn.engine import cache, models, pretraining, recipe, store, training
@@ -215,4 +215,4 @@ def table(rate: float = RATE) -> str:
             hours = hours or [f"{e.hours:.0f}" for e in both]
         rows.append((f"`{name}`", f"{both[0].shape.parameters / 1e6:,.0f} M", *cells, " / ".join(hours)))
     heads = ("settings", "parameters", *(f"{name}: SFT / DPO" for name in VARIANTS), "SFT / DPO, hours")
-    return tables.markdown(heads, rows)
+    return claims.markdown_table(heads, rows)

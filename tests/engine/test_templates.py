@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from lddyn import InputError
-from lddyn.data.dialogue import Dialogue
+from lddyn.data.rows import Dialogue
 from lddyn.engine import decode, training
 from lddyn.engine.probe_set import ProbeSet, ends_of_turn
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lddyn.chapters import claims, tables
+from lddyn.chapters import claims
 from lddyn.engine.store import Run
 from lddyn.publish import pages
 
@@ -34,5 +34,5 @@ def test_a_name_without_a_value_is_an_error():
 
 def test_text_of_a_claim_is_no_html_in_the_table_of_verdicts():
     (entry, *_) = claims.verdicts({})
-    html = tables.verdicts([entry | {"claim": "<b>a & b</b>", "paper": "<", "reason": "<i>"}], here="this training")
+    html = claims.as_html([entry | {"claim": "<b>a & b</b>", "paper": "<", "reason": "<i>"}], here="this training")
     assert "&lt;b&gt;a &amp; b" in html and "<i>" not in html and "<th>this training</th>" in html
