@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lddyn import unknown
-from lddyn.chapters.dpo.design import PAIRS, paired
+from lddyn.chapters.dpo.evidence import PAIRS, paired
 from lddyn.data import preferences, responses, reuse
 from lddyn.engine import models, recipe, store
 from lddyn.engine.callback import ProbeCallback

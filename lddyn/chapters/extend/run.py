@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lddyn import InputError, unknown
-from lddyn.chapters.extend.design import ARMS, MAIN, OTHER_DESIGNS
+from lddyn.chapters.extend.evidence import ARMS, MAIN, OTHER_DESIGNS
 from lddyn.data import world
 from lddyn.engine import models, recipe, store
 from lddyn.engine.callback import ProbeCallback
