@@ -145,6 +145,7 @@ def _build(scale: str, force: bool) -> int:
         return 1
     shown = pages.published()
     pages.write_hero(shown)
+    pages.write_across(shown)
     pages.write_chapters(shown)
     pages.write_scorecard(claims.verdicts(shown))
     pages.write_status()

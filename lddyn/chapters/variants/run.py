@@ -1,6 +1,6 @@
 """Chapter 6: other losses than DPO's, and pushing samples of the model itself (abstract, figure 2, appendix B)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -144,11 +144,11 @@ def both_grids(c: Chapter, stage: store.Run) -> list[Vary]:
     return [*loss_grid(c, stage), *source_grid(c, stage)]
 
 
-def runs(c: Chapter, grid: Callable[[Chapter, store.Run], list[Vary]] = both_grids) -> list[store.Run]:
-    """The runs of this chapter. (Chapter 7 shows those of `loss_grid` too, and reads them from the cache.)"""
+def runs(c: Chapter) -> list[store.Run]:
+    """The runs of this chapter."""
     seeds = range(c.first_seed, c.first_seed + c.seeds)
     stages = recipe.stage_grid(c, [c.sft_epochs], seeds)
-    return pool.run_then(recipe.stages, stages, vary, partial(grid, c), recipe.files(c))
+    return pool.run_then(recipe.stages, stages, vary, partial(both_grids, c), recipe.files(c))
 
 
 # --- pairs -------------------------------------------------------------------------------------------------
