@@ -3,9 +3,10 @@
 Rooms, imports only go down: theory and data, engine, chapters, workshop, publish, __main__.
 """
 
+import contextlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 # before transformers and TRL are imported: TRL tells the hub of each trainer that is built
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -34,3 +35,26 @@ def unknown(kind: str, name: object, allowed: Iterable[object]) -> InputError:
     near = get_close_matches(str(name), names, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return InputError(f"unknown {kind} {name!r}{hint} (allowed: {', '.join(names)})")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+@contextlib.contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Let the hub's clients go to their cache at once where there is no network; they would retry for 20 s."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    before = constants.HF_HUB_OFFLINE
+    if not before:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=5)
+        except Exception:  # whatever the client calls it: no name, no route, refused, timed out
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lddyn import InputError, __version__
 from lddyn.chapters import claims
-from lddyn.engine import models, pool, store
+from lddyn.engine import pool, pretraining, store
 from lddyn.publish import build, notebooks, pages, pdf, status
 from lddyn.workshop import chat, estimate, launch, pretrained, rephrase, report, sweep, tune
 
@@ -201,11 +201,11 @@ def _pretrain(a) -> int:
     from lddyn import unknown
 
     for size in a.sizes:
-        if size not in models.SIZES:
-            raise unknown("size", size, models.SIZES)
+        if size not in pretraining.SIZES:
+            raise unknown("size", size, pretraining.SIZES)
     equal = True
-    for size in a.sizes or models.SIZES:
-        same, line = models.repeat(size, a.ship)
+    for size in a.sizes or pretraining.SIZES:
+        same, line = pretraining.repeat(size, a.ship)
         print(line, flush=True)
         equal &= same
     return 0 if equal else 1

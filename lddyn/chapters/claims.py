@@ -1,9 +1,13 @@
-"""Verdicts on the paper's claims, computed from records over seeds by rules written down in `book/claims.yml`."""
+"""Verdicts on the paper's claims, computed from records over seeds by rules written down in `book/claims.yml`.
+
+At the end how they, and other tables of pages, become text.
+"""
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
+from html import escape
 from importlib import import_module
 
 import numpy as np
@@ -12,7 +16,7 @@ import yaml
 
 from lddyn import InputError
 from lddyn.chapters import statistics
-from lddyn.engine import kept
+from lddyn.engine import store
 from lddyn.engine.store import ROOT, Run, frame
 
 LEDGER = ROOT / "book" / "claims.yml"
@@ -83,7 +87,7 @@ def by_seed(runs: Sequence[Run]) -> list[pd.DataFrame]:
 def of_sweep(name: str) -> list[pd.DataFrame]:
     """The rows of the recorded sweep `book/sweeps/NAME.json`, a table for each seed; none where it is not recorded."""
     try:
-        table, _ = kept.read(f"sweeps/{name}")
+        table, _ = store.kept(f"sweeps/{name}")
     except InputError:
         return []
     return [rows for _, rows in table.groupby("seed")]
@@ -170,3 +174,40 @@ def sentence(part: Mapping) -> str:
     spread = "one seed" if part["interval"] is None else "[{:.3g}, {:.3g}]".format(*part["interval"])
     found = "not measured" if part["ours"] is None else f"{part['ours']:.3g} {spread}"
     return f"{part['says']}: {found}, rule {part['holds']}: {part['outcome']}"
+
+
+# --- as text of a page -------------------------------------------------------------------------------------
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table of cells that are Markdown themselves."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def as_html(
+    entries: Iterable[Mapping], here: str = "this companion", links: Callable[[Mapping], str] | None = None
+) -> str:
+    """Judged claims as an HTML table: claim, the paper, the authors' released logs, what was measured here, verdict.
+
+    entries: as `verdicts` or `report.scorecard` gives them. `links` gives the address of the figure behind an
+    entry, or an empty text.
+    """
+    rows = ""
+    for e in entries:
+        ours = "<br>".join(escape(sentence(part)) for part in e["parts"]) or escape(e["reason"])
+        if e.get("why") and e["verdict"] in ("partly", "not replicated"):
+            ours += f'<br><em class="why">{escape(e["why"])}</em>'
+        where = links(e) if links else ""
+        link = f' <a href="{escape(where)}">figure</a>' if where else ""
+        rows += (
+            f'<tr data-verdict="{e["verdict"]}" data-chapter="{e["chapter"] or "none"}"><td>{e["id"]}</td>'
+            f"<td>{escape(e['claim'])}<br><small>{escape(e['source'])}{link}</small></td>"
+            f"<td>{escape(e['paper'])}</td><td>{escape(e['authors'] or '-')}</td><td>{ours}</td>"
+            f'<td class="verdict {e["verdict"].replace(" ", "-")}">{e["verdict"]}</td></tr>'
+        )
+    heads = ("#", "claim", "the paper", "released logs", here, "verdict")
+    head = "".join(f"<th>{h}</th>" for h in heads)
+    return (
+        f'<div class="scroll"><table class="claims"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )

@@ -8,8 +8,8 @@ its first token (in the authors' data some types start with a space and some do 
 from collections.abc import Iterator
 from pathlib import Path
 
-from lddyn import InputError, unknown
-from lddyn.data import hub, responses, rows, world
+from lddyn import InputError, first_line, hub_or_cache, unknown
+from lddyn.data import responses, rows, world
 
 BUILTIN = Path(__file__).parent / "preferences.jsonl"
 HUB = {  # data: repository, options of load_dataset, names of its splits
@@ -81,13 +81,13 @@ def _hub_rows(data: str, split: str) -> Iterator[tuple[str, object]]:
     try:
         import datasets
 
-        with hub.hub_or_cache():
+        with hub_or_cache():
             found = datasets.load_dataset(repository, split=splits.get(split, split), **options)
     except ImportError as error:
         raise InputError(f"data {data!r} needs the package datasets: pip install 'lddyn[train]'") from error
     except (OSError, ValueError) as error:
         raise InputError(
-            f"cannot load split {split!r} of data {repository!r} ({hub.first_line(error)}); "
+            f"cannot load split {split!r} of data {repository!r} ({first_line(error)}); "
             "without a network: data='builtin', a JSON Lines file, or a data set loaded once before"
         ) from error
     for number, row in enumerate(found):

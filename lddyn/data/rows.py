@@ -1,7 +1,7 @@
 """Rows of preference data, from a file or from elsewhere, checked one by one: the one reader of them.
 
 A row has a prompt and responses of some of the twelve types, under our names or the authors'. All of them may be texts,
-lists of messages or whole dialogues (`dialogue`). What is wrong is one line with file and row.
+lists of messages or whole dialogues (`Dialogue`). What is wrong is one line with file and row.
 """
 
 import json
@@ -11,12 +11,122 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lddyn import Caution, InputError, unknown
-from lddyn.data import dialogue
 from lddyn.data.responses import OUR_NAMES, RESPONSE_TYPES, Example
 
 PROMPTS = ("conversations", "messages")  # other names of a prompt that is a list of messages
 SKIP = ("no", "rows", "fields")  # what to leave out where a row is bad
 OPTIONAL = tuple(kind for kind in RESPONSE_TYPES if kind not in ("chosen", "rejected"))
+
+
+# --- dialogues: prompts that are lists of messages, and answers that are texts, messages or whole dialogues ------
+
+ROLES = {"system": "System", "user": "Human", "assistant": "Assistant"}
+# names that other formats give to roles, and to the two fields of a message
+ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+FIELDS = (("role", "content"), ("from", "value"))
+
+Turn = dict[str, str]  # role, content
+
+
+class Dialogue(str):
+    """A prompt as text, which remembers the turns that it was made of: a chat template renders these instead."""
+
+    turns: list[Turn]
+
+    def __new__(cls, turns: list[Turn]) -> "Dialogue":
+        text = super().__new__(cls, "\n".join([*(f"{ROLES[t['role']]}: {t['content']}" for t in turns), "Assistant:"]))
+        text.turns = turns
+        return text
+
+    def __reduce__(self):
+        return Dialogue, (self.turns,)
+
+
+def turns_of(value: object, what: str) -> list[Turn]:
+    """Messages as turns, every field of each checked. `what` names them in the `InputError` when one is wrong."""
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{what} is not a list of messages")
+    return [_turn(message, f"{what}, message {n}") for n, message in enumerate(value, 1)]
+
+
+def _turn(message: object, what: str) -> Turn:
+    if not isinstance(message, dict):
+        raise InputError(f"{what} is not an object with role and content")
+    role, content = next((pair for pair in FIELDS if pair[0] in message), FIELDS[0])
+    for name in (role, content):
+        if name not in message:
+            raise InputError(f"{what} has no {name!r}")
+    if message.get("tool_calls"):
+        raise InputError(f"{what} calls a tool, which is not supported")
+    speaker = ALIASES.get(message[role], message[role]) if isinstance(message[role], str) else None
+    if speaker not in ROLES:
+        raise InputError(f"{what} has the role {message[role]!r} (allowed: {', '.join(ROLES)})")
+    text = message[content]
+    if isinstance(text, list):
+        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in text]
+        text = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    if not isinstance(text, str):
+        raise InputError(f"{what}: its {content} is {_kind(message[content])}, not text or parts of text")
+    if not text.strip():
+        raise InputError(f"{what} is empty")
+    return {"role": speaker, "content": text}
+
+
+def _kind(value: object) -> str:
+    return "missing" if value is None else f"of type {type(value).__name__}"
+
+
+def prompt_of(value: object, what: str) -> str:
+    """A prompt as text, or as a `Dialogue` that ends with what the user says."""
+    if isinstance(value, str):
+        return value
+    turns = turns_of(value, what)
+    if turns[-1]["role"] != "user":
+        raise InputError(f"{what} ends with the {turns[-1]['role']}'s message, not the user's")
+    if any(turn["role"] == "system" for turn in turns[1:]):
+        raise InputError(f"{what} has a system message that is not the first")
+    return Dialogue(turns)
+
+
+def answer_of(value: object, history: list[Turn] | None, what: str) -> str:
+    """The text of an answer: a text, one message, or a dialogue that repeats `history` and adds one message."""
+    if isinstance(value, str):
+        return value
+    turns = turns_of([value] if isinstance(value, dict) else value, what)
+    if turns[-1]["role"] != "assistant":
+        raise InputError(f"{what} ends with the {turns[-1]['role']}'s message, not the assistant's")
+    if len(turns) > 1 and turns[:-1] != history:
+        raise InputError(f"{what} has another history than the prompt")
+    return turns[-1]["content"]
+
+
+def history_of(value: object, what: str) -> list[Turn] | None:
+    """What comes before the last message of a whole dialogue; None for a text or a single message."""
+    if not isinstance(value, list) or len(value) < 2:
+        return None
+    return turns_of(value, what)[:-1]
+
+
+def split_text(chosen: str, rejected: str, what: str) -> tuple[str, str, str]:
+    """Prompt and both answers from two whole dialogues in Anthropic's form, `\\n\\nHuman: ...\\n\\nAssistant: ...`.
+
+    The prompt is the longest beginning that both share and that ends before an answer.
+    """
+    marker, ends = "\n\nAssistant:", []
+    start = chosen.find(marker)
+    while start >= 0 and rejected.startswith(chosen[: start + len(marker)]):
+        ends.append(start + len(marker))
+        start = chosen.find(marker, start + 1)
+    if not ends:
+        raise InputError(f"{what}: chosen and rejected answer different prompts")
+    answers = chosen[ends[-1] :], rejected[ends[-1] :]
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if "\n\nHuman:" in answer:
+            raise InputError(f"{what}: {name} goes on after the answer that differs (a further turn of the human)")
+    return chosen[: ends[-1]], *answers
+
+
+# --- rows -------------------------------------------------------------------------------------------------
 
 
 class FieldError(InputError):
@@ -174,10 +284,10 @@ def _texts(where: str, row: dict, dropped) -> tuple[str, dict[str, str]]:
         raise InputError(f"{where}: prompt is of type {type(asked).__name__}, not a text or a list of messages")
     if isinstance(asked, str) and ("system" in row or any(isinstance(value, list | dict) for value in given.values())):
         asked = _as_messages(where, row, asked, given)
-    prompt = dialogue.prompt_of(asked, f"{where}: prompt")
+    prompt = prompt_of(asked, f"{where}: prompt")
     if not prompt.strip():
         raise InputError(f"{where}: prompt is empty")
-    history = prompt.turns if isinstance(prompt, dialogue.Dialogue) else None
+    history = prompt.turns if isinstance(prompt, Dialogue) else None
     answers = {kind: _answer(where, kind, value, history) for kind, value in given.items()}
     if prompt.endswith("\n\nAssistant:") and all(text.startswith(prompt) for text in answers.values()):
         answers = {kind: text.removeprefix(prompt) for kind, text in answers.items()}
@@ -187,7 +297,7 @@ def _texts(where: str, row: dict, dropped) -> tuple[str, dict[str, str]]:
 def _as_messages(where: str, row: dict, asked: str, given: dict) -> list:
     """A plain prompt beside answers in messages: what they have before the last one, or a message of the user."""
     for kind, value in given.items():
-        if history := dialogue.history_of(value, f"{where}: {kind}"):
+        if history := history_of(value, f"{where}: {kind}"):
             if asked.strip() not in [turn["content"].strip() for turn in history if turn["role"] == "user"]:
                 raise InputError(f"{where}: {kind} has another history than the prompt")
             return history
@@ -195,11 +305,11 @@ def _as_messages(where: str, row: dict, asked: str, given: dict) -> list:
     return [*system, {"role": "user", "content": asked}]
 
 
-def _answer(where: str, kind: str, value: object, history: list[dialogue.Turn] | None) -> str:
+def _answer(where: str, kind: str, value: object, history: list[Turn] | None) -> str:
     try:
         if not isinstance(value, str | list | dict):
             raise InputError(f"{where}: {kind} is of type {type(value).__name__}, not a text")
-        return dialogue.answer_of(value, history, f"{where}: {kind}")
+        return answer_of(value, history, f"{where}: {kind}")
     except InputError as error:
         raise (FieldError(str(error), kind) if kind in OPTIONAL else error) from None
 
@@ -208,9 +318,9 @@ def _from_answers(where: str, row: dict, given: dict) -> tuple[object, dict]:
     """The prompt that whole dialogues share, where a row has none of its own; and the answers."""
     chosen, rejected = given.get("chosen"), given.get("rejected")
     if isinstance(chosen, str) and isinstance(rejected, str) and "\n\nAssistant:" in chosen:
-        prompt, chosen, rejected = dialogue.split_text(chosen, rejected, where)
+        prompt, chosen, rejected = split_text(chosen, rejected, where)
         return prompt, given | {"chosen": chosen, "rejected": rejected}
-    if history := dialogue.history_of(chosen, f"{where}: chosen"):
-        dialogue.answer_of(chosen, history, f"{where}: chosen")  # the last word must be an answer
+    if history := history_of(chosen, f"{where}: chosen"):
+        answer_of(chosen, history, f"{where}: chosen")  # the last word must be an answer
         return history, given
     raise InputError(f"{where}: no field 'prompt'; it has {', '.join(sorted(row)) or 'none'}")

@@ -9,10 +9,11 @@ import io
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lddyn import InputError
-from lddyn.data import hub
+from lddyn import InputError, first_line
+from lddyn.engine import store
 from lddyn.engine.probe_set import Tokenizer
 from lddyn.theory.first_order import Model
 
@@ -38,6 +39,18 @@ def file(model: str) -> Path:
     return Path(model)
 
 
+def converted(model: str) -> Path:
+    """The folder in the cache of runs with what `read` finds in a file; made once, its name has the file's hash."""
+    path = file(model)
+    folder = store.runs_root() / f"gguf-{store.file_hash(path)[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            parts = read(path)
+            store.write_folder(folder, lambda p: [part.save_pretrained(p) for part in parts])
+    return folder
+
+
 def read(path: Path) -> tuple[Model, Tokenizer]:
     """The model in a GGUF file, its weights in float32, and its tokenizer.
 
@@ -55,7 +68,7 @@ def read(path: Path) -> tuple[Model, Tokenizer]:
     except ImportError as error:
         raise InputError(f"model file {str(path)!r} needs the package gguf: pip install 'lddyn[gguf]'") from error
     except Exception as error:  # transformers and gguf raise what they like
-        why = f"it is damaged, or transformers does not know its architecture: {hub.first_line(error)}"
+        why = f"it is damaged, or transformers does not know its architecture: {first_line(error)}"
         raise InputError(f"cannot read model file {str(path)!r}; {why}") from error
     del model.config.quantization_config  # transformers saves no model that has one
     plain = type(model)(model.config)

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 from lddyn import Caution, InputError, unknown
 from lddyn.data import rows
-from lddyn.data.dialogue import Turn
 from lddyn.data.responses import RESPONSE_TYPES
-from lddyn.data.rows import joined
+from lddyn.data.rows import Turn, joined
 
 FORMATS = ("auto", "chat", "plain")
 Tokenizer = Any  # one of `transformers`

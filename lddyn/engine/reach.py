@@ -16,8 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-# they bring numbers, or speak of them, and make none
-CARRIERS = ("lddyn.engine.cache", "lddyn.engine.pool", "lddyn.engine.progress", "lddyn.engine.reach")
+# The code that brings numbers, or speaks of them, and makes none. Pre-training makes weights, but they come in files:
+# all that a run reads are among its inputs (`models.inputs`), and the shipped ones count in a notebook
+# (`build.fingerprint`), by content. To train them anew in another way changes no number until the files change. The run
+# of `pretrain` itself counts its code.
+CARRIERS = tuple(f"lddyn.engine.{name}" for name in ("cache", "pool", "pretraining", "progress", "reach"))
+BESIDE = {"transformers": "tokenizers"}  # a library that works inside another one, whoever imports it
 NUMERICAL = ("numpy", "peft", "scipy", "sklearn", "tokenizers", "torch", "transformers", "trl")
 
 
@@ -100,8 +104,11 @@ def _used(tree: ast.AST, module: str, names: dict[str, str]) -> Iterator[tuple[s
             yield ".".join(path[:-1]), path[-1]
 
 
-def _follow(todo: list[tuple[str, str | None]]) -> tuple[dict[str, str], set[str]]:
-    """Hashes of all definitions that are reached from some, by dotted name, and the libraries that these use."""
+def _follow(todo: list[tuple[str, str | None]], own: str = "") -> tuple[dict[str, str], set[str]]:
+    """Hashes of all definitions that are reached from some, by dotted name, and the libraries that these use.
+
+    Carriers are not followed, unless it is the module `own`.
+    """
     hashes, libraries, done = {}, set(), set()
     while todo:
         module, name = target = todo.pop()
@@ -112,7 +119,7 @@ def _follow(todo: list[tuple[str, str | None]]) -> tuple[dict[str, str], set[str
             libraries.add(module)
             continue
         found = parsed(module)
-        if found is None or module in CARRIERS:
+        if found is None or (module in CARRIERS and module != own):
             continue
         if name == "*":
             todo += [(module, each) for each in found.definitions]
@@ -141,13 +148,13 @@ def _digest(statements: Iterable[ast.stmt]) -> str:
 @cache
 def definitions(module: str, name: str) -> dict[str, str]:
     """Hash of a definition and of everything in this package that it reaches; empty when it is not there."""
-    return _follow([(module, name)])[0]
+    return _follow([(module, name)], own=module)[0]
 
 
 @cache
 def versions(module: str, name: str) -> dict[str, str]:
     """Versions of Python and of the numerical libraries that a definition and what it reaches use."""
-    return _versions(_follow([(module, name)])[1])
+    return _versions(_follow([(module, name)], own=module)[1])
 
 
 def of_code(code: str, *more: tuple[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -156,7 +163,8 @@ def of_code(code: str, *more: tuple[str, str]) -> tuple[dict[str, str], dict[str
     return hashes, _versions(libraries)
 
 
-def _versions(libraries: Iterable[str]) -> dict[str, str]:
+def _versions(libraries: set[str]) -> dict[str, str]:
+    libraries = libraries | {BESIDE[name] for name in libraries & BESIDE.keys()}
     found = {
         name: importlib.metadata.version("scikit-learn" if name == "sklearn" else name)
         for name in NUMERICAL

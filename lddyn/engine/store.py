@@ -1,11 +1,12 @@
-"""Records: one long table per run and a manifest beside it; how they are written, checked and read."""
+"""Records: one long table per run and a manifest beside it; how they are written, checked, read and kept."""
 
 import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lddyn import InputError
+from lddyn import InputError, unknown
 
 COLUMNS = ["step", "examples", "prompt_id", "response_type", "metric", "value"]
 PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").exists() else Path.cwd()
+KEPT = ROOT / "book"  # small tables, as JSON in folders of it
 
 
 class RecordError(RuntimeError):
@@ -68,6 +70,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary folder beside `folder`, then put it in its place."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -167,3 +178,47 @@ def writable(path: Path) -> None:
             raise IsADirectoryError(21, "it is a folder")
     except OSError as error:
         raise InputError(f"cannot write the notebook to {path}: {error.strerror}") from error
+
+
+# --- small tables beside the code, below `book/`: results of long runs, with their origin ----------------------
+
+
+def origin(runs: Sequence[Run]) -> dict[str, Any]:
+    """Where numbers come from, out of the manifests of their runs: names, seeds, commit, versions, machine, times."""
+    manifests = [r.manifest for r in runs]
+    return {
+        "runs": [r.folder.name for r in runs],
+        "seeds": sorted({m["parameters"]["seed"] for m in manifests if "seed" in m["parameters"]}),
+        "git": manifests[0]["git"],
+        "versions": manifests[0]["versions"],
+        "machine": manifests[0]["machine"],
+        "finished": max(m["finished"] for m in manifests),
+        "seconds": round(sum(m["seconds"] for m in manifests), 1),
+    }
+
+
+def in_words(made: Mapping[str, Any]) -> str:
+    """An `origin` as one line."""
+    words = [
+        f"{len(made['seeds'])} seeds ({', '.join(map(str, made['seeds']))})",
+        f"{len(made['runs'])} runs, {made['seconds']:.0f} CPU seconds on {made['machine']}",
+        f"finished {made['finished'][:16].replace('T', ' ')} UTC",
+        ", ".join(f"{k} {v}" for k, v in made["versions"].items()),
+        f"commit {made['git']['commit'] or 'unknown'}{'+' if made['git']['dirty'] else ''}",
+    ]
+    return " · ".join(words)
+
+
+def keep(path: Path, rows: list[dict[str, object]], runs: Sequence[Run], **more: object) -> None:
+    """Write the rows of a table and the `origin` of its runs."""
+    write_json(path, more | {"rows": rows, "manifest": origin(runs)})
+
+
+def kept(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A table that `keep` wrote, such as `sweeps/trends`, and its origin. Raises `InputError` when there is none."""
+    try:
+        content = json.loads((KEPT / f"{name}.json").read_text())
+    except OSError:
+        there = [p.relative_to(KEPT).with_suffix("") for p in sorted(KEPT.glob("*/*.json"))]
+        raise unknown("kept table", name, there) from None
+    return pd.DataFrame(content["rows"]), content["manifest"]

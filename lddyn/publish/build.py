@@ -7,31 +7,48 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from lddyn import InputError, unknown
 from lddyn.chapters import claims
-from lddyn.engine import reach, store
+from lddyn.data import preferences
+from lddyn.engine import pretraining, reach, store
 from lddyn.publish import notebooks, pages
 from lddyn.workshop import estimate
 
 SCALES = ("smoke", "laptop", "paper")
+SHIPPED = {  # data of this package, and the definition that code which reads them reaches
+    "lddyn.data.preferences.BUILTIN": preferences.BUILTIN,
+    "lddyn.engine.models.builtin": pretraining.SHIPPED,
+}
 
 
 def fingerprint(notebook: Path, scale: str) -> str:
     """Hash of all that decides what an executed notebook shows: its source, scale and rules, the code that they reach,
-    and the libraries."""
+    the libraries, and the data of this package."""
+    rules, (code, versions) = claims.of_chapter(notebook.stem), reached(notebook)
+    parts = [notebook.read_text(), scale, *map(json.dumps, (rules, code, versions, _shipped(code)))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def reached(notebook: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Hashes of what a notebook's cells and the statistics of its rules reach, and the versions of the libraries."""
     cells = json.loads(notebook.read_text())["cells"]
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     rules = claims.of_chapter(notebook.stem)
     measured = [part for rule in rules for part in claims.parts(rule) if part["chapter"] == notebook.stem]
     judged = [claims.statistic(part["chapter"], part["statistic"]) for part in measured]
-    reached = reach.of_code(code, *((f.__module__, f.__name__) for f in judged))
-    parts = [notebook.read_text(), scale, json.dumps(rules), json.dumps(reached)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return reach.of_code(code, *((f.__module__, f.__name__) for f in judged))
+
+
+def _shipped(code: Collection[str]) -> dict[str, str]:
+    """Hashes of the files of `SHIPPED` that these definitions read: the built-in data and models count by content."""
+    places = [place for name, place in SHIPPED.items() if name in code]
+    files = [file for place in places for file in (sorted(place.rglob("*")) if place.is_dir() else [place])]
+    return {str(file.relative_to(store.PACKAGE)): store.file_hash(file) for file in files if file.is_file()}
 
 
 def execute(scale: str, force: bool) -> list[str]:
@@ -128,6 +145,7 @@ def _build(scale: str, force: bool) -> int:
         return 1
     shown = pages.published()
     pages.write_hero(shown)
+    pages.write_across(shown)
     pages.write_chapters(shown)
     pages.write_scorecard(claims.verdicts(shown))
     pages.write_status()

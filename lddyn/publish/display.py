@@ -8,8 +8,8 @@ import pandas as pd
 from IPython.display import HTML, display
 
 from lddyn import Caution
-from lddyn.chapters import claims, style, tables
-from lddyn.engine import kept
+from lddyn.chapters import claims, style
+from lddyn.engine import store
 from lddyn.engine.store import Run
 
 BUNDLE = "application/vnd.lddyn+json"  # read back from the executed notebook by `book.published`
@@ -48,14 +48,14 @@ class Results:
     def _repr_mimebundle_(self, **_) -> dict:
         bundle = {"chapter": self.chapter, "scale": self.scale, "runs": [r.folder.name for r in self.runs]}
         noted = dict.fromkeys(message for run in self.runs for message in run.manifest.get("cautions", []))
-        html = "".join(map(caution, noted)) + tables.verdicts(self.verdicts())
-        html += provenance(kept.origin(self.runs), self.scale)
+        html = "".join(map(caution, noted)) + claims.as_html(self.verdicts())
+        html += provenance(store.origin(self.runs), self.scale)
         return {"text/html": html, BUNDLE: bundle, "text/plain": f"{self.chapter}: {len(self.runs)} runs"}
 
 
 def provenance(made: Mapping, scale: str) -> str:
-    """One line under a result, as HTML: its scale and its origin (`kept`)."""
-    return f'<p class="provenance">{escape(f"scale {scale} · {kept.in_words(made)}")}</p>'
+    """One line under a result, as HTML: its scale and its origin (`store.origin`)."""
+    return f'<p class="provenance">{escape(f"scale {scale} · {store.in_words(made)}")}</p>'
 
 
 def table(frame: pd.DataFrame, digits: int = 3, index: bool = True) -> str:

@@ -7,11 +7,13 @@ from string import Template
 import pandas as pd
 import yaml
 from docutils.nodes import make_id
+from matplotlib.figure import Figure
 
-from lddyn.chapters import claims, style, tables
+from lddyn.chapters import claims, style
+from lddyn.chapters.variants.figures import softening
 from lddyn.data import preferences, responses
 from lddyn.engine import store
-from lddyn.publish import display, hero, status
+from lddyn.publish import across, display, status
 from lddyn.workshop import estimate, launch, sweep
 
 BOOK = store.ROOT / "book"
@@ -58,15 +60,30 @@ def _write(name: str, **values: object) -> None:
     store.write_atomically(GENERATED / name, lambda path: path.write_text(filled(name, **values)))
 
 
+def _draw(name: str, figure: Figure) -> None:
+    GENERATED.mkdir(parents=True, exist_ok=True)
+    store.write_atomically(
+        GENERATED / name, lambda path: figure.savefig(path, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    )
+
+
 def write_hero(shown: dict[str, dict]) -> None:
     """The figure of the first page."""
     style.use_style()
     digits, sft = (store.frame(shown[chapter]["runs"]) for chapter in ("01_mnist", "03_sft"))
-    figure = hero.hero(digits, sft)
-    GENERATED.mkdir(parents=True, exist_ok=True)
-    store.write_atomically(
-        GENERATED / "hero.svg", lambda p: figure.savefig(p, format="svg", metadata={"Date": None}, bbox_inches="tight")
-    )
+    _draw("hero.svg", across.hero(digits, sft))
+
+
+def write_across(shown: dict[str, dict]) -> None:
+    """What chapter 2 shows beside chapter 1, and chapter 7 beside chapter 6."""
+    style.use_style()
+    runs = {chapter: entry["runs"] for chapter, entry in shown.items()}
+    carried = across.carried_over(store.frame(runs["02_decomposition"]), store.frame(runs["01_mnist"]))
+    _write("carried_over.md", table=display.table(carried))
+    ends = across.ways_to_soften(runs["06_variants"], runs["07_extend"])
+    _draw("softening.svg", softening(ends))
+    mean = ends.groupby("name")[["chosen", "margin", "won"]].mean()
+    _write("softening.md", table=display.table(mean.sort_values("won")))
 
 
 def write_scorecard(entries: list[dict]) -> None:
@@ -78,10 +95,10 @@ def write_scorecard(entries: list[dict]) -> None:
         count=len(entries),
         counts=", ".join(f"{len(those)} {v}" for v, those in by_verdict.items()),
         scales=", ".join(sorted({e["scale"] for e in entries if e["scale"]})) or "none",
-        summary=tables.markdown(
+        summary=claims.markdown_table(
             ("verdict", "claims", "numbers"), [(v, len(those), numbers[v]) for v, those in by_verdict.items()]
         ),
-        table=tables.verdicts(entries, links=_figure_address),
+        table=claims.as_html(entries, links=_figure_address),
     )
 
 
@@ -101,7 +118,7 @@ def write_chapters(shown: dict[str, dict]) -> None:
         minutes = sum(m["seconds"] for m in runs) / 60
         rows.append((f"{{doc}}`/notebooks/{name}`", shown[name]["scale"], seeds, len(runs), f"{minutes:.1f}"))
     heads = ("chapter", "scale", "seeds", "runs", "minutes of one core")
-    _write("chapters.md", table=tables.markdown(heads, rows))
+    _write("chapters.md", table=claims.markdown_table(heads, rows))
 
 
 def write_status() -> None:
@@ -132,7 +149,7 @@ def write_data_card() -> None:
     by_word, by_character = (responses.style_accuracy(chosen, rejected, unit) for unit in ("word", "char"))
     _write(
         "data_card.md",
-        splits=tables.markdown(("split", "questions", "words of chosen", "words of rejected"), rows),
+        splits=claims.markdown_table(("split", "questions", "words of chosen", "words of rejected"), rows),
         by_word=f"{by_word:.2f}",
         by_character=f"{by_character:.2f}",
     )
@@ -204,7 +221,7 @@ def in_words(measured: dict, whose: str) -> dict[str, str]:
         ),
     }
     found = {
-        name: tables.markdown(
+        name: claims.markdown_table(
             [head for _, head, _ in wanted],
             [[format(row[key], style) for key, _, style in wanted] for row in measured[name]],
         )

@@ -25,12 +25,6 @@ def normalization(p: Tensor) -> Tensor:
     return torch.eye(vocab, dtype=p.dtype, device=p.device) - p.unsqueeze(-2).expand(*p.shape, vocab)
 
 
-def peakiness(p: Tensor) -> Tensor:
-    """||A||_F^2 = V - 2 + V ||pi||^2, without building A (appendix C). p: (..., V). Returns (...)."""
-    vocab = p.shape[-1]
-    return vocab - 2 + vocab * p.square().sum(-1)
-
-
 def jacobians(logits: Logits, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
     """grad z(x) for every input, flattened over all parameters.
 
@@ -71,6 +65,6 @@ def predicted_change(eta: float, a: Tensor, k: Tensor, g: Tensor) -> Tensor:
 def lbk(change: Tensor, a_squared: Tensor, g: Tensor) -> Tensor:
     """Lower bound of the kernel (eq. 26): ||change||^2 / (||A||_F^2 ||G||^2), at most eta^2 ||K||_F^2 to first order.
 
-    change: (..., V) of log pi(. | x_o); a_squared: (...) from `peakiness`; g: (..., V). Returns (...).
+    change: (..., V) of log pi(. | x_o); a_squared: (...) from `logprobs.peakiness`; g: (..., V). Returns (...).
     """
     return change.square().sum(-1) / (a_squared * g.square().sum(-1))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call, jvp, vjp, vmap
 
 from lddyn import InputError
-from lddyn.theory import influence, losses
+from lddyn.theory import logprobs, losses
 from lddyn.theory.first_order import (
     Model,
     Parameters,
@@ -230,7 +230,7 @@ def lbk(z: Tensor, dz: Tensor, g: Tensor) -> float:
 
     z, dz: logits of the observation and their change by a step, (tokens, V); g: residual of the update, (tokens', V).
     """
-    a_squared = influence.peakiness(z.softmax(-1)).sum()
+    a_squared = logprobs.peakiness(z.softmax(-1)).sum()
     return (log_changes(z, dz).square().sum() / (a_squared * g.square().sum())).item()
 
 

@@ -33,6 +33,12 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -0.6931472, (-x.expm1()).log(), (-x.exp()).log1p())
 
 
+def peakiness(p: Tensor) -> Tensor:
+    """||A||_F^2 = V - 2 + V ||pi||^2, without building A (appendix C). p: (..., V). Returns (...)."""
+    vocab = p.shape[-1]
+    return vocab - 2 + vocab * p.square().sum(-1)
+
+
 def token_stats(logits: Tensor, targets: Tensor) -> TokenStats:
     """Measure each token of a response under the logits that predict it (paper sections 3.1 and 4.2, appendix C).
 

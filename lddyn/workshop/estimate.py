@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 import yaml
 
-from lddyn import InputError
-from lddyn.data import hub
-from lddyn.engine import models, probes, store
+from lddyn import InputError, first_line, hub_or_cache
+from lddyn.engine import pretraining, probes, store
 
 ARCHITECTURES = store.ROOT / "book" / "settings" / "architectures.yml"
 GIB = 2**30
@@ -69,13 +68,13 @@ def known() -> dict[str, dict]:
 
 def architecture(size: str) -> dict[str, int]:
     """Width, layers, heads and vocabulary of the built-in model: of a named size, or of WIDTHxLAYERS such as 192x6."""
-    if size in models.SIZES:
-        return models.SIZES[size]["architecture"]
+    if size in pretraining.SIZES:
+        return pretraining.SIZES[size]["architecture"]
     match = re.fullmatch(r"(\d+)x(\d+)", size)
     if not match or int(match[1]) % 32 or not int(match[1]) or not int(match[2]):
-        allowed = f"{', '.join(models.SIZES)}, or WIDTHxLAYERS such as 192x6 with a width that 32 divides"
+        allowed = f"{', '.join(pretraining.SIZES)}, or WIDTHxLAYERS such as 192x6 with a width that 32 divides"
         raise InputError(f"unknown size {size!r} (allowed: {allowed})")
-    vocabulary = models.SIZES["small"]["architecture"]["vocab"]
+    vocabulary = pretraining.SIZES["small"]["architecture"]["vocab"]
     return {"width": int(match[1]), "layers": int(match[2]), "heads": int(match[1]) // 32, "vocab": vocabulary}
 
 
@@ -93,10 +92,10 @@ def config_of(model: str, size: str = "small"):
     try:
         if Path(model).is_dir():
             return AutoConfig.from_pretrained(model)
-        with hub.hub_or_cache():
+        with hub_or_cache():
             return AutoConfig.from_pretrained(model)
     except Exception as error:  # the libraries raise OSError, ValueError, KeyError and more
-        raise InputError(f"cannot read the configuration of {model!r} ({hub.first_line(error)})") from error
+        raise InputError(f"cannot read the configuration of {model!r} ({first_line(error)})") from error
 
 
 def shape(config) -> Shape:
@@ -110,7 +109,7 @@ def shape(config) -> Shape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:  # no causal language model
-        raise InputError(f"{config.model_type} is no causal language model ({hub.first_line(error)})") from error
+        raise InputError(f"{config.model_type} is no causal language model ({first_line(error)})") from error
     config = config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1  # state-space models have none
     widest = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size

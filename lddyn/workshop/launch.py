@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lddyn import InputError, unknown
-from lddyn.chapters import tables
+from lddyn.chapters import claims
 from lddyn.chapters.dpo import run as dpo
 from lddyn.data import preferences
-from lddyn.engine import cache, models, recipe, store, training
+from lddyn.engine import cache, models, pretraining, recipe, store, training
 from lddyn.engine.settings import choose, derive, parse_all, read_cell, read_yaml
 from lddyn.workshop import estimate, tune
 
@@ -98,11 +98,11 @@ def base_model(chosen: Launch) -> str:
     A built-in model of another architecture learns from the same texts as `small`, with the same tokenizer, at a
     learning rate that falls with its width.
     """
-    if chosen.model != "builtin" or chosen.size in models.SIZES:
+    if chosen.model != "builtin" or chosen.size in pretraining.SIZES:
         return recipe.base_model(chosen)
-    small, shape = models.SIZES["small"], estimate.architecture(chosen.size)
+    small, shape = pretraining.SIZES["small"], estimate.architecture(chosen.size)
     lr = round(8e-3 * small["architecture"]["width"] / shape["width"], 6)
-    return str(models.pretrained(small["libraries"], architecture=shape, steps=small["steps"], seed=0, lr=lr))
+    return str(pretraining.pretrained(small["libraries"], architecture=shape, steps=small["steps"], seed=0, lr=lr))
 
 
 def job(chosen: Launch) -> tuple[tune.Tune, dict[str, Path]]:
@@ -215,4 +215,4 @@ def table(rate: float = RATE) -> str:
             hours = hours or [f"{e.hours:.0f}" for e in both]
         rows.append((f"`{name}`", f"{both[0].shape.parameters / 1e6:,.0f} M", *cells, " / ".join(hours)))
     heads = ("settings", "parameters", *(f"{name}: SFT / DPO" for name in VARIANTS), "SFT / DPO, hours")
-    return tables.markdown(heads, rows)
+    return claims.markdown_table(heads, rows)

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lddyn import InputError, unknown
-from lddyn.chapters import claims, tables
+from lddyn.chapters import claims
 from lddyn.chapters.style import BLUE, ORANGE, PANELS, band, change_panel, curves, use_style
 from lddyn.engine import store
 
@@ -145,7 +145,7 @@ def page(runs: Sequence[store.Run], method: str) -> str:
         if len(runs) == 1
         else "95% intervals over the runs decide: they show what"
     } held here, not whether the paper's claim does.</p>
-{tables.verdicts(scorecard(runs, method), here="this training")}
+{claims.as_html(scorecard(runs, method), here="this training")}
 </body></html>
 """
 

@@ -22,8 +22,8 @@ import numpy as np
 import pandas as pd
 
 from lddyn import InputError, unknown
-from lddyn.chapters import claims, tables
-from lddyn.engine import cache, kept, pool, settings, store
+from lddyn.chapters import claims
+from lddyn.engine import cache, pool, settings, store
 from lddyn.workshop import estimate, launch, report, tune
 
 FOLDER = store.ROOT / "book" / "sweeps"
@@ -149,7 +149,7 @@ def sweep(
     with engine(engine_name, workers, address) as executor:
         runs = run_all([launch.job(each) for each in chosen], executor, threads)
     rows = [row(each, plan, run) for each, run in zip(chosen, runs, strict=True)]
-    kept.write(out, rows, runs, title=plan["title"], plan=plan)
+    store.keep(out, rows, runs, title=plan["title"], plan=plan)
     return f"{table(rows).to_string(index=False)}\n{out}"
 
 
@@ -181,6 +181,6 @@ def sections(folder: Path = FOLDER) -> str:
             parts.append(f"## {title}\n\n*Not recorded.* To record it:\n\n{command}")
             continue
         frame = table(result["rows"])
-        whole = tables.markdown([*frame], frame.to_numpy())
-        parts.append(f"## {title}\n\n{whole}\n\n{kept.in_words(result['manifest'])}\n\n{command}")
+        whole = claims.markdown_table([*frame], frame.to_numpy())
+        parts.append(f"## {title}\n\n{whole}\n\n{store.in_words(result['manifest'])}\n\n{command}")
     return "\n".join(parts)

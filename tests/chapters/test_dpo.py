@@ -11,7 +11,7 @@ import torch
 
 from lddyn import InputError
 from lddyn.chapters import claims, statistics
-from lddyn.chapters.dpo import design, evidence
+from lddyn.chapters.dpo import evidence
 from lddyn.chapters.dpo import run as dpo
 from lddyn.data import preferences, responses
 from lddyn.engine import models, probes, recipe, store
@@ -65,7 +65,7 @@ def aligned(work, model_folder, data, **changed):
 
 def test_swapped_pairs_exchange_every_second_pair_with_its_rephrases():
     before = [example(n) for n in range(4)]
-    after = design.paired(before, "swapped")
+    after = evidence.paired(before, "swapped")
     assert after[0] == before[0] and after[2] == before[2]
     for role in ROLES:
         other = role.replace("chosen", "rejected") if "chosen" in role else role.replace("rejected", "chosen")
@@ -76,7 +76,7 @@ def test_swapped_pairs_exchange_every_second_pair_with_its_rephrases():
 def test_pairs_change_only_the_rejected_answer():
     (before,) = [example(0)]
     for pairs, source in (("style", "rejected_format"), ("rephrase", "chosen_semantic"), ("as_written", "rejected")):
-        (after,) = design.paired([before], pairs)
+        (after,) = evidence.paired([before], pairs)
         assert after["rejected"] == before[source]
         assert {k: v for k, v in after.items() if k != "rejected"} == {
             k: v for k, v in before.items() if k != "rejected"
@@ -85,7 +85,7 @@ def test_pairs_change_only_the_rejected_answer():
 
 def test_unknown_pairs_and_measure_name_the_nearest(tmp_path, model_folder, data):
     with pytest.raises(InputError, match="did you mean 'swapped'"):
-        design.paired([example(0)], "swaped")
+        evidence.paired([example(0)], "swaped")
     with pytest.raises(InputError, match="did you mean 'paths'"):
         aligned(tmp_path / "w", model_folder, data, measure="path")
 
@@ -185,9 +185,9 @@ def test_the_grid_crosses_at_its_centre_and_has_no_run_twice(data):
     assert sorted(evidence.vary(short, "sft_epochs").sft_epochs) == [0, 1, 4]
     assert len(evidence.vary(short, "lr")) == 2 and len(evidence.vary(short, "lr", "beta")) == 4
     assert len(evidence.vary(short)) == 1
-    assert set(evidence.vary(short, "pairs").pairs) == set(design.PAIRS)
+    assert set(evidence.vary(short, "pairs").pairs) == set(evidence.PAIRS)
     cells = evidence.crossed(short)[["pairs", "sft_epochs", "lr"]]
-    assert len(cells) == len(cells.drop_duplicates()) == 3 * len(design.PAIRS)
+    assert len(cells) == len(cells.drop_duplicates()) == 3 * len(evidence.PAIRS)
 
 
 def test_data_without_rephrases_leaves_out_the_pairs_that_need_them(tmp_path):
@@ -197,7 +197,7 @@ def test_data_without_rephrases_leaves_out_the_pairs_that_need_them(tmp_path):
     runs = dpo.grid(dpo.settings("smoke", {"data": str(path)}), STAGE)
     assert {run.pairs for run in runs} == {"as_written", "swapped"}
     with pytest.raises(InputError, match="needs the response type 'chosen_semantic'"):
-        design.paired(rows, "rephrase")
+        evidence.paired(rows, "rephrase")
 
 
 # --- the statistics
@@ -264,7 +264,7 @@ def test_log_of_the_authors_is_read_as_dpo():
 
 def test_effects_compare_like_with_like():
     """A contrast of pairs at the large rate must not mix in the runs at the small one."""
-    cells = [(kind, n, 4e-4) for kind in design.PAIRS for n in (2, 8)] + [(kind, 2, 1e-4) for kind in design.PAIRS]
+    cells = [(kind, n, 4e-4) for kind in evidence.PAIRS for n in (2, 8)] + [(kind, 2, 1e-4) for kind in evidence.PAIRS]
     rows = []
     for kind, n, lr in [*cells, ("as_written", 0, 4e-4)]:
         for seed in range(3):

@@ -10,7 +10,7 @@ import pytest
 
 from lddyn import InputError
 from lddyn.chapters import claims, statistics
-from lddyn.chapters.extend import design, evidence, figures, judging
+from lddyn.chapters.extend import evidence, figures, judging
 from lddyn.chapters.extend import run as extend
 from lddyn.data import world
 from lddyn.engine import cache, store
@@ -25,7 +25,7 @@ SETTINGS = extend.Follow(
 @pytest.fixture(scope="module")
 def runs(model_folder, tmp_path_factory):
     root, model = tmp_path_factory.mktemp("runs"), str(model_folder("gpt_neox"))
-    return [cache.run(extend.follow, replace(SETTINGS, arm=arm, model=model), root=root) for arm in design.ARMS]
+    return [cache.run(extend.follow, replace(SETTINGS, arm=arm, model=model), root=root) for arm in evidence.ARMS]
 
 
 def test_dpo_begins_at_zero_and_extended_has_twice_the_steps_of_sft(runs):
@@ -85,13 +85,13 @@ def test_an_unknown_arm_is_named(tmp_path):
 
 
 def test_other_designs_are_run_on_the_first_seed_only_and_change_what_they_say(monkeypatch):
-    monkeypatch.setattr(extend.recipe.models, "builtin", lambda size: "folder")
+    monkeypatch.setattr(extend.recipe.models, "builtin", lambda size, seed: "folder")
     given = {"first_world_seed": 5, "world_seeds": 2}
     grid = extend.world_grid(extend.in_world(extend.settings("laptop", given)))
     main = [s for s in grid if s.design == "main"]
     others = [s for s in grid if s.design != "main"]
-    assert [(s.seed, s.arm) for s in main] == [(seed, arm) for seed in (5, 6) for arm in design.ARMS]
-    assert {s.seed for s in others} == {5} and {s.design for s in others} == set(design.OTHER_DESIGNS)
+    assert [(s.seed, s.arm) for s in main] == [(seed, arm) for seed in (5, 6) for arm in evidence.ARMS]
+    assert {s.seed for s in others} == {5} and {s.design for s in others} == set(evidence.OTHER_DESIGNS)
     assert {s.arm for s in others} == {"baseline", "extended"}
     slow = next(s for s in others if s.design == "a third of the rate")
     assert slow.lr == pytest.approx(main[0].lr / 3) and slow.data == "world"
@@ -99,7 +99,7 @@ def test_other_designs_are_run_on_the_first_seed_only_and_change_what_they_say(m
 
 
 def test_a_model_of_your_own_is_for_natural_text_only(monkeypatch):
-    monkeypatch.setattr(extend.recipe.models, "builtin", lambda size: size)
+    monkeypatch.setattr(extend.recipe.models, "builtin", lambda size, seed: size)
     c = extend.settings("laptop", {"model": "mine", "data": "hh", "epochs": 0.5, "seeds": 1})
     assert {(s.model, s.data, s.epochs, s.judged) for s in extend.natural_grid(c)} == {("mine", "hh", 0.5, 0)}
     main = [s for s in extend.world_grid(extend.in_world(c)) if s.design == "main"]

@@ -9,13 +9,13 @@ import torch
 
 from lddyn import InputError
 from lddyn.chapters import statistics
-from lddyn.chapters.variants import design, evidence, figures
+from lddyn.chapters.variants import evidence, figures
 from lddyn.chapters.variants import run as variants
 from lddyn.data import preferences, world
-from lddyn.engine import decode, models, recipe, store, training
+from lddyn.engine import models, recipe, store, training
 from lddyn.engine.callback import ProbeCallback
-from lddyn.engine.decode import Decoded
 from lddyn.engine.probe_set import ProbeSet
+from lddyn.engine.recipe import Decoded
 from lddyn.theory import losses
 
 matplotlib.use("Agg")
@@ -43,9 +43,9 @@ def varied(work: Path, stage: str, **changed) -> pd.DataFrame:
 # --- the losses
 
 
-@pytest.mark.parametrize("name", {which.loss: name for name, which in design.VARIANTS.items()}.values())
+@pytest.mark.parametrize("name", {which.loss: name for name, which in evidence.VARIANTS.items()}.values())
 def test_the_function_drawn_in_the_figure_is_the_loss_that_is_trained(model_folder, tmp_path, monkeypatch, name):
-    examples, which = preferences.load("world", "train", limit=4), design.VARIANTS[name]
+    examples, which = preferences.load("world", "train", limit=4), evidence.VARIANTS[name]
     texts = [[e[field] for e in examples] for field in ("prompt", "chosen", "rejected")]
     monkeypatch.setitem(losses.LOSSES, "function", losses.LOSSES[which.loss]._replace(trl=None))
     found = []
@@ -69,11 +69,11 @@ def test_forces_are_those_of_the_closed_forms():
         ("DPOP", losses.dpop_force, {"lam": 5.0}),
         ("gated", losses.gated_force, {"rejected_length": 12}),
     ):
-        found = design.forces(name, chosen, rejected, reference, (10, 12), 0.1)
+        found = evidence.forces(name, chosen, rejected, reference, (10, 12), 0.1)
         expected = force(chosen.double(), rejected.double(), *reference, beta=0.1, **settings)
         torch.testing.assert_close(found, tuple(expected))
-    slow = design.forces("low rate", chosen, rejected, reference, (10, 12), 0.1)
-    fast = design.forces("DPO", chosen, rejected, reference, (10, 12), 0.1)
+    slow = evidence.forces("low rate", chosen, rejected, reference, (10, 12), 0.1)
+    fast = evidence.forces("DPO", chosen, rejected, reference, (10, 12), 0.1)
     torch.testing.assert_close(slow[0], 0.25 * fast[0])
 
 
@@ -91,7 +91,7 @@ def sampler(monkeypatch, texts: dict):
             seen[prompt] += 1
         return answers
 
-    monkeypatch.setattr(decode, "sample", sample)
+    monkeypatch.setattr(recipe, "sample", sample)
 
 
 def test_ranked_pairs_are_the_best_and_the_worst_and_ties_give_none(monkeypatch):
@@ -178,7 +178,7 @@ def test_interrupted_rounds_end_with_the_numbers_of_an_uninterrupted_run(stage, 
 
 
 def test_early_stop_ends_at_the_first_evaluation_beyond_the_margin(stage, tmp_path, monkeypatch):
-    monkeypatch.setitem(design.VARIANTS, "early stop", design.VARIANTS["early stop"]._replace(stop=1e-9))
+    monkeypatch.setitem(evidence.VARIANTS, "early stop", evidence.VARIANTS["early stop"]._replace(stop=1e-9))
     few = {"batch_size": 1, "evaluations": 4, "judged": 0}
     whole = varied(tmp_path / "a" / "work", stage, **few)
     stopped = varied(tmp_path / "b" / "work", stage, variant="early stop", **few)

@@ -13,7 +13,7 @@ import pytest
 
 from lddyn import InputError
 from lddyn.data import preferences
-from lddyn.data.dialogue import Dialogue
+from lddyn.data.rows import Dialogue
 from lddyn.engine.probe_set import ProbeSet
 
 USER, YES, NO = ({"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Yes."), ("assistant", "No.")))

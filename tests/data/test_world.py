@@ -4,7 +4,7 @@ import pytest
 
 from lddyn import InputError
 from lddyn.data import preferences, responses, world
-from lddyn.engine import models
+from lddyn.engine import pretraining
 
 PROMPT = world.question("Ada", ["pet", "dish"])
 PET, DISH = world.facts()["Ada"]["pet"], world.facts()["Ada"]["dish"]
@@ -79,7 +79,7 @@ def test_style_tells_casual_answers_apart_and_wrong_facts_not():
 
 
 def test_documents_are_true_and_the_model_of_the_world_reads_nothing_else():
-    texts, held_out = models.documents({}, seed=0)
+    texts, held_out = pretraining.documents({}, seed=0)
     assert len(texts) + len(held_out) == world.DOCUMENTS
     for text in texts[:300]:
         body = text.split(": ", 1)[1]

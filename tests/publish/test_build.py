@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lddyn.chapters import claims
 from lddyn.engine import store
-from lddyn.publish import pages
+from lddyn.publish import build, notebooks, pages
 
-pytestmark = pytest.mark.slow
 SCRIPT = """
 import json
 from lddyn.engine import cache, reach
@@ -64,11 +64,13 @@ def stale_after(clone: Path, before: dict, *edits: tuple[str, str, str]) -> tupl
     return tuple([n for n in before[kind] if before[kind][n] != after[kind][n]] for kind in ("notebooks", "runs"))
 
 
+@pytest.mark.slow
 def test_a_colour_of_one_chapter_runs_one_notebook_and_no_run(clone, before):
     edit = ("lddyn/chapters/dpo/figures.py", "color=GREY", "color=BLUE")
     assert stale_after(clone, before, edit) == (["05_dpo"], [])
 
 
+@pytest.mark.slow
 def test_a_rule_makes_only_the_notebooks_stale_that_it_judges(clone, before):
     rules = yaml.safe_load((store.ROOT / "book" / "claims.yml").read_text())
     own = next(rule for rule in rules if {p.get("chapter", rule["chapter"]) for p in rule["parts"]} == {"06_variants"})
@@ -76,6 +78,7 @@ def test_a_rule_makes_only_the_notebooks_stale_that_it_judges(clone, before):
     assert stale_after(clone, before, edit) == (["06_variants"], [])
 
 
+@pytest.mark.slow
 def test_words_of_the_status_the_cache_and_docstrings_make_nothing_stale(clone, before):
     edits = (
         ("lddyn/publish/status.py", '"damaged"', '"broken"'),
@@ -85,10 +88,36 @@ def test_words_of_the_status_the_cache_and_docstrings_make_nothing_stale(clone, 
     assert stale_after(clone, before, *edits) == ([], [])
 
 
+@pytest.mark.slow
 def test_the_engine_makes_those_runs_stale_that_reach_it(clone, before):
     notebooks, runs = stale_after(clone, before, ("lddyn/engine/probes.py", '"cpu": 2048', '"cpu": 1024'))
     assert runs == ["sft", "dpo", "extend"] and "01_mnist" not in notebooks and "03_sft" in notebooks
 
 
+@pytest.mark.slow
+def test_pre_training_makes_nothing_stale_but_the_weights_that_come_out_of_it_do(clone, before):
+    edit = ("lddyn/engine/pretraining.py", "betas=(0.9, 0.99)", "betas=(0.9, 0.95)")
+    assert stale_after(clone, before, edit) == ([], [])
+    weights = clone / "lddyn" / "data" / "models" / "tiny" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    try:
+        weights.write_bytes(b"other")
+        after = state(clone)
+    finally:
+        shutil.rmtree(clone / "lddyn" / "data" / "models")
+    changed = [name for name in before["notebooks"] if before["notebooks"][name] != after["notebooks"][name]]
+    assert changed == [name for name in pages.chapters() if name not in ("01_mnist", "04_squeezing")]
+
+
+@pytest.mark.slow
 def test_every_notebook_is_in_the_book(before):
     assert list(before["notebooks"]) == pages.chapters()
+
+
+@pytest.mark.parametrize("name", pages.chapters())
+def test_a_notebook_reaches_at_most_25_files_and_no_other_chapter(name):
+    code, _ = build.reached(notebooks.notebook_path(name))
+    files = {each.partition(":")[0] if ":" in each else each.rpartition(".")[0] for each in code}
+    assert len(files) <= 25, sorted(files)
+    chapters = {file.split(".")[2] for file in files if file.startswith("lddyn.chapters.") and file.count(".") == 3}
+    assert chapters == {claims.room(name)}

@@ -9,7 +9,7 @@ from lddyn.engine.store import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "book").glob("*.md"))]
 PAGES += [*sorted((ROOT / "book" / "templates").glob("*.md")), ROOT / "book" / "claims.yml"]
-ROOMS = dict.fromkeys(("influence", "losses", "kernels", "first_order", "softmax"), "theory")
+ROOMS = dict.fromkeys(("influence", "losses", "kernels", "first_order", "logprobs", "softmax"), "theory")
 ROOMS |= {"statistics": "chapters", "responses": "data"}
 
 

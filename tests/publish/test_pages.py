@@ -1,10 +1,11 @@
 """Generated pages: a template that nobody fills, or a name in it without a value, must not reach a reader."""
 
+import pandas as pd
 import pytest
 
-from lddyn.chapters import claims, tables
+from lddyn.chapters import claims
 from lddyn.engine.store import Run
-from lddyn.publish import pages
+from lddyn.publish import across, pages
 
 
 @pytest.fixture
@@ -13,16 +14,23 @@ def generated(tmp_path, monkeypatch):
     return tmp_path / "generated"
 
 
-def test_every_template_becomes_a_page_without_gaps(generated):
-    run = Run(None, None, {"parameters": {"seed": 0}, "seconds": 90})
-    pages.write_chapters({name: {"scale": "smoke", "runs": [run]} for name in pages.chapters()})
+def test_every_template_becomes_a_page_without_gaps(generated, monkeypatch):
+    run = Run(None, pd.DataFrame(), {"parameters": {"seed": 0}, "seconds": 90})
+    shown = {name: {"scale": "smoke", "runs": [run]} for name in pages.chapters()}
+    ends = pd.DataFrame({"name": ["DPO", "IPO"], "seed": 0, "chosen": [-1.0, 0.5], "margin": 2.0, "won": 0.5})
+    monkeypatch.setattr(pages.store, "frame", lambda runs: pd.DataFrame())
+    monkeypatch.setattr(across, "carried_over", lambda *_: pd.DataFrame({"digits": [2.0], "language model": [2.0]}))
+    monkeypatch.setattr(across, "ways_to_soften", lambda *_: ends)
+    pages.write_chapters(shown)
+    pages.write_across(shown)
     pages.write_scorecard(claims.verdicts({}))
     pages.write_status()
     pages.write_data_card()
     pages.write_bench()
     pages.write_sweeps()
     templates = sorted(path.name for path in (pages.BOOK / "templates").iterdir())
-    assert templates == sorted(path.name for path in generated.iterdir())
+    assert templates == sorted(path.name for path in generated.glob("*.md"))
+    assert (generated / "softening.svg").exists()
     assert not [name for name in templates if "$" in (generated / name).read_text()]
     assert "| {doc}`/notebooks/01_mnist` | smoke | 1 | 1 | 1.5 |" in (generated / "chapters.md").read_text()
 
@@ -34,5 +42,5 @@ def test_a_name_without_a_value_is_an_error():
 
 def test_text_of_a_claim_is_no_html_in_the_table_of_verdicts():
     (entry, *_) = claims.verdicts({})
-    html = tables.verdicts([entry | {"claim": "<b>a & b</b>", "paper": "<", "reason": "<i>"}], here="this training")
+    html = claims.as_html([entry | {"claim": "<b>a & b</b>", "paper": "<", "reason": "<i>"}], here="this training")
     assert "&lt;b&gt;a &amp; b" in html and "<i>" not in html and "<th>this training</th>" in html

@@ -7,7 +7,7 @@ from torch.nn.functional import one_hot
 
 from lddyn.chapters.digits import run as digits
 from lddyn.data import images
-from lddyn.theory import influence, losses
+from lddyn.theory import influence, logprobs, losses
 
 torch.manual_seed(0)
 
@@ -37,7 +37,7 @@ def test_normalization_is_the_jacobian_of_log_softmax():
 def test_peakiness_is_the_squared_norm_of_the_explicit_matrix(vocab):
     p = (3 * torch.randn(4, vocab, dtype=torch.float64)).softmax(-1)
     explicit = influence.normalization(p).square().sum((-1, -2))
-    torch.testing.assert_close(influence.peakiness(p), explicit, rtol=1e-12, atol=0)
+    torch.testing.assert_close(logprobs.peakiness(p), explicit, rtol=1e-12, atol=0)
 
 
 def test_two_misprints_of_appendix_c_differ_from_what_is_so():
@@ -46,7 +46,7 @@ def test_two_misprints_of_appendix_c_differ_from_what_is_so():
     torch.testing.assert_close(diagonal, p * (1 - p))
     assert (diagonal - (1 - p * p)).abs().min() > 0.1
     uniform = torch.full((16,), 1 / 16, dtype=torch.float64)
-    assert uniform.square().sum() == 1 / 16 and influence.peakiness(uniform) == 16 - 2 + 16 / 16
+    assert uniform.square().sum() == 1 / 16 and logprobs.peakiness(uniform) == 16 - 2 + 16 / 16
 
 
 def test_residual_is_the_gradient_of_cross_entropy_with_respect_to_logits():
@@ -91,4 +91,4 @@ def test_lower_bound_of_the_kernel_holds(case):
         k = influence.entk_matrix_free(f, theta, observed[o], images[0])
         g = losses.sft(f(theta, images[0]).softmax(-1), labels[0])
         change = influence.predicted_change(1e-2, influence.normalization(p), k, g)
-        assert 0 < influence.lbk(change, influence.peakiness(p), g) <= 1e-4 * k.square().sum()
+        assert 0 < influence.lbk(change, logprobs.peakiness(p), g) <= 1e-4 * k.square().sum()

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lddyn import InputError, __main__
-from lddyn.engine import models, training
+from lddyn.engine import pretraining, training
 from lddyn.workshop import estimate, launch
 
 FAMILIES = {
@@ -162,7 +162,7 @@ def test_the_built_in_model_comes_in_any_size():
     small = estimate.shape(estimate.config_of("builtin", "small")).parameters
     with torch.device("meta"):
         tokens = type("T", (), {"eos_token_id": 0, "pad_token_id": 1})
-        built = models._untrained(tokens, **models.SIZES["small"]["architecture"])
+        built = pretraining._untrained(tokens, **pretraining.SIZES["small"]["architecture"])
     assert small == sum(p.numel() for p in built.parameters())
     with pytest.raises(InputError, match="a width that 32 divides"):
         estimate.architecture("100x2")

@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata, spearmanr
 
-from lddyn.chapters.digits import evidence as digits_evidence
 from lddyn.chapters.statistics import BELLS, curve
 from lddyn.data.responses import RESPONSE_TYPES
 
@@ -428,25 +427,3 @@ def entanglement_sentence(products: np.ndarray, ches: np.ndarray) -> str:
         "The fall that chapter 5 sees is not that of one pair by its own step: it comes from the "
         "steps on all the others."
     )
-
-
-# --- beside chapter 1 --------------------------------------------------------------------------------------
-
-CARRIED = {  # what is compared: the statistic on digits, on the language model
-    "order of the error in η": ("first_order_slope", first_order_slope),
-    "rank stability of ‖K‖ after the first tenth": ("entk_rank_stability", kernel_rank_stability),
-    "doublings of ‖K‖ after the first tenth": ("entk_norm_change", kernel_norm_change),
-    "rank correlation of accumulated ‖K‖ with where it led": ("entk_explains_leak", kernel_explains_change),
-    "symmetry of partner ranks": ("partner_rank_symmetry", partner_symmetry),
-}
-
-
-def carried_over(table: pd.DataFrame, digits: pd.DataFrame) -> pd.DataFrame:
-    """The same five numbers for the digits of chapter 1 and for the language model, means over the seeds."""
-    rows = {}
-    for name, (on_digits, on_language) in CARRIED.items():
-        rows[name] = {
-            "digits": np.mean([getattr(digits_evidence, on_digits)(one) for _, one in digits.groupby("seed")]),
-            "language model": np.mean([on_language(one) for _, one in table.groupby("seed")]),
-        }
-    return pd.DataFrame(rows).T

@@ -17,7 +17,7 @@ from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import Encoded, ProbeSet
 from lddyn.engine.settings import choose, derive, lengths
 from lddyn.engine.training import Training, dpo_rows, log_rows, sft_rows, train, with_adapters
-from lddyn.theory import first_order, influence, kernels, losses
+from lddyn.theory import first_order, kernels, logprobs, losses
 from lddyn.theory.first_order import Parameters, Text
 
 # the second is the paper's learning rate, the fifth the built-in one of SFT
@@ -215,7 +215,7 @@ def decomposed(model, encoded: Encoded, i: int, reference: Tensor, s: Follow) ->
             "rate": rates.gather(-1, tokens.unsqueeze(-1)).sum().item(),
             "lbk": kernels.lbk(z[number], changes[number], together),
             "sign_delta": kernels.sign_delta(z[number], changes[number]),
-            "a_norm": influence.peakiness(z[number].softmax(-1)).sum().sqrt().item(),
+            "a_norm": logprobs.peakiness(z[number].softmax(-1)).sum().sqrt().item(),
             "kernel_norm": size,
         }
         rows += [(name, kind, metric, value) for metric, value in measured.items()]
@@ -256,7 +256,7 @@ def explicit(model, encoded: Encoded, i: int) -> list[Row]:
     z = kernels.logits(model, [rejected])[0][place]
     a_squared = f.a.square().sum().item()
     lbk = (f.a @ (f.k @ f.g)).square().sum().item() / (a_squared * f.g.square().sum().item())
-    off = abs(a_squared / influence.peakiness(z.double().softmax(-1)).item() - 1)
+    off = abs(a_squared / logprobs.peakiness(z.double().softmax(-1)).item() - 1)
     return [
         (name, "rejected", "lbk_share", lbk / f.k.square().sum().item()),
         (name, "rejected", "peakiness_error", off),

@@ -17,7 +17,7 @@ from lddyn import unknown
 from lddyn.data import images
 from lddyn.engine.settings import choose, derive
 from lddyn.engine.store import dense_early, long
-from lddyn.theory import influence, losses
+from lddyn.theory import influence, logprobs, losses
 
 SCALES = {
     "smoke": {"seeds": 2, "epochs": 8, "evaluations": 4, "n_train": 300, "n_test": 200, "lr": 3e-2},
@@ -192,7 +192,7 @@ def measure(model, train: images.Digits, test: images.Digits, few: images.Digits
         for v in range(images.CLASSES)
     ]
     a_squared = a.square().sum((1, 2))
-    identity = influence.peakiness(functional_call(model, theta, (few.images,)).softmax(-1))
+    identity = logprobs.peakiness(functional_call(model, theta, (few.images,)).softmax(-1))
     lbk = influence.lbk(change, a_squared[:, None], g[None])  # (o, u), in units of eta^2
     everything = {
         "accuracy": (z.argmax(-1) == test.labels).float().mean().item(),
@@ -200,7 +200,7 @@ def measure(model, train: images.Digits, test: images.Digits, few: images.Digits
         "lbk_share_max": (lbk / k_norm.square()).max().item(),
         "peakiness_error": (a_squared / identity - 1).abs().max().item(),
         "residual_norm": g.norm(dim=-1).mean().item(),
-        "peakiness": influence.peakiness(z.softmax(-1)).mean().item(),
+        "peakiness": logprobs.peakiness(z.softmax(-1)).mean().item(),
     }
     return rows + [("test", "all", metric, value) for metric, value in everything.items()]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lddyn import unknown
-from lddyn.chapters.dpo.design import PAIRS, paired
+from lddyn.chapters.dpo.evidence import PAIRS, paired
 from lddyn.data import preferences, responses, reuse
 from lddyn.engine import models, recipe, store
 from lddyn.engine.callback import ProbeCallback
@@ -33,9 +33,9 @@ SCALES = {
         "few": 64, "few_lr": 1.6e-3, "few_evaluations": 2, "generate": 12, "account": 12,
     },
     "pretrained": recipe.AFTER_SFT["pretrained"] | {
-        "n_train": 64, "n_probe": 14, "n_probe_test": 6, "sft_short": 1, "sft_epochs": 4, "sft_long": 4,
-        "epochs": 2.0, "evaluations": 10, "batch_size": 4, "lr": 1e-5, "beta": 0.1,
-        "few": 32, "few_lr": 2e-5, "few_evaluations": 2, "generate": 6, "account": 6, "more_rates": (0.1, 10.0),
+        "n_train": 64, "n_probe": 12, "n_probe_test": 4, "sft_short": 1, "sft_epochs": 4, "sft_long": 4,
+        "epochs": 2.0, "evaluations": 8, "batch_size": 4, "lr": 1e-5, "beta": 0.1,
+        "few": 32, "few_lr": 2e-5, "few_evaluations": 2, "generate": 4, "account": 4, "more_rates": (0.1, 10.0),
     },
     "paper": recipe.AFTER_SFT["paper"] | {
         "n_train": 5000, "n_probe": 500, "n_probe_test": 500, "sft_short": 2, "sft_epochs": 4, "sft_long": 8,

@@ -1,14 +1,50 @@
 """Chapter 7: the extended method."""
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from lddyn.chapters.extend import judging
-from lddyn.chapters.extend.design import ARMS
 from lddyn.chapters.statistics import curve, mean_interval, needed, share_won
 from lddyn.data import preferences, world
+
+# --- what is compared: the arms, and other designs of the closed world ---------------------------------------
+
+
+class Arm(NamedTuple):
+    """The SFT before DPO: on which answers, and how many times as many epochs as the baseline."""
+
+    targets: tuple[str, ...]
+    epochs: int = 1
+
+
+ARMS = {
+    "baseline": Arm(("chosen",)),
+    "extended": Arm(("chosen", "rejected")),
+    "equal steps": Arm(("chosen",), epochs=2),  # the baseline with as many steps of SFT as extended
+}
+
+
+class Design(NamedTuple):
+    """A closed world (`world.DESIGNS`), and how it is trained on."""
+
+    data: str = "world"
+    sft_epochs: int = 2
+    rate: float = 1.0  # times the chapter's learning rate of DPO
+
+
+MAIN = Design()
+OTHER_DESIGNS = {
+    "true but casual": Design(data="world:register"),
+    "wrong but polite": Design(data="world:facts"),
+    "a third of the rate": Design(rate=1 / 3),
+    "twice the SFT": Design(sft_epochs=4),
+}
+
+
+# --- curves of the arms --------------------------------------------------------------------------------------
 
 OTHERS = ("chosen_semantic", "chosen_initial", "other_test")  # natural responses that DPO does not train on
 JUDGED = (0, 2, 4, 6)  # epochs of DPO after which answers are judged, in the paper and here

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lddyn.chapters import statistics
 from lddyn.chapters.extend import evidence, judging
-from lddyn.chapters.extend.design import ARMS, OTHER_DESIGNS
+from lddyn.chapters.extend.evidence import ARMS, OTHER_DESIGNS
 from lddyn.chapters.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, band
 
 ARM_STYLES = {"baseline": (GREY, "-"), "extended": (BLUE, "-"), "equal steps": (GREY, "--")}

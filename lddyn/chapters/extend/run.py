@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lddyn import InputError, unknown
-from lddyn.chapters.extend.design import ARMS, MAIN, OTHER_DESIGNS
+from lddyn.chapters.extend.evidence import ARMS, MAIN, OTHER_DESIGNS
 from lddyn.data import world
 from lddyn.engine import models, recipe, store
 from lddyn.engine.callback import ProbeCallback
@@ -32,8 +32,8 @@ SCALES = {
         "world_epochs": 6, "judged": 64, "world_max_response": 64, "designs": 4,
     },
     "pretrained": recipe.AFTER_SFT["pretrained"] | {
-        "n_train": 64, "n_probe": 12, "n_probe_test": 4, "sft_epochs": 2, "sft_evaluations": 3,
-        "epochs": 2.0, "evaluations": 7, "batch_size": 4, "lr": 1e-5, "beta": 0.1,
+        "n_train": 64, "n_probe": 8, "n_probe_test": 2, "sft_epochs": 2, "sft_evaluations": 2,
+        "epochs": 2.0, "evaluations": 6, "batch_size": 4, "lr": 1e-5, "beta": 0.1,
         "world_size": "world", "world_seeds": 5, "world_n_train": 128, "world_lr": 2e-4, "world_batch_size": 16,
         "world_epochs": 6, "judged": 64, "world_max_response": 64, "designs": 4,
     },

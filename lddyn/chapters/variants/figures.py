@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from lddyn.chapters.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, band, curves
-from lddyn.chapters.variants import design
+from lddyn.chapters.variants import evidence
 
 OUTCOMES = {"chosen": BLUE, "rejected": ORANGE, "y* along chosen": GREEN, "unpushed": RED}
 PUSHED_COLORS = {
@@ -29,7 +29,7 @@ def forces_and_outcomes(ends: pd.DataFrame, table: pd.DataFrame, beta: float) ->
     lengths from which the forces start. Forces are in units of the larger one at margin 0, half of the margin on each
     answer; the line ends where the run ended (mean of the seeds).
     """
-    names = [name for name in design.VARIANTS if name in set(ends.name)]
+    names = [name for name in evidence.VARIANTS if name in set(ends.name)]
     start = table[(table.step == 0) & (table.name == "SFT") & table.prompt_id.astype(str).str.startswith("train/")]
     mean = start.groupby(["metric", "response_type"], observed=True).value.mean()
     logps, lengths = ([mean[m, kind] for kind in ("chosen", "rejected")] for m in ("logp_sum", "tokens"))
@@ -38,7 +38,7 @@ def forces_and_outcomes(ends: pd.DataFrame, table: pd.DataFrame, beta: float) ->
         rows = ends[ends.name == name]
         h = torch.linspace(0, max(float(rows.margin.mean()), 1.0), 200, dtype=torch.float64)
         reference = tuple(torch.full_like(h, value) for value in logps)
-        up, down = design.forces(name, reference[0] + h / 2, reference[1] - h / 2, reference, lengths, beta)
+        up, down = evidence.forces(name, reference[0] + h / 2, reference[1] - h / 2, reference, lengths, beta)
         unit = max(abs(up[0]), abs(down[0]))
         left.plot(h, up / unit, color=BLUE)
         left.plot(h, down / unit, color=ORANGE)
@@ -143,7 +143,7 @@ def _label(ax, places: pd.DataFrame) -> None:
 
 def pushed_sources(ends: pd.DataFrame) -> Figure:
     """What training on pairs from each source did: changes of log pi, and the scores. ends: of `source_runs`."""
-    names = [name for name in ("SFT", *design.SOURCES) if name in set(ends.name)]
+    names = [name for name in ("SFT", *evidence.SOURCES) if name in set(ends.name)]
     panels = {"chosen": BLUE, "unpushed": RED, "y* along chosen": GREEN, "sampled": PURPLE}
     titles = {"unpushed": "what nobody pushed", "sampled": "score of sampled answers"}
     fig, axes = plt.subplots(1, len(panels), figsize=(9.5, 3.2), sharey=True)
@@ -167,7 +167,7 @@ def pushed_over_rounds(table: pd.DataFrame) -> Figure:
     """How likely the policy finds the pairs of each round before it trains on them. table: `evidence.source_runs`."""
     rows = table[table.metric == "pushed_before"]
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, sharex=True)
-    names = [name for name in design.SOURCES if name in set(rows.name)]
+    names = [name for name in evidence.SOURCES if name in set(rows.name)]
     colors = dict(zip(names, (ORANGE, "#f6ad55", PURPLE, GREY, "#63b3ed", BLUE), strict=False))
     for ax, kind in zip(axes, ("chosen", "rejected"), strict=True):
         for name in names:

@@ -1,6 +1,6 @@
 """Chapter 6: other losses than DPO's, and pushing samples of the model itself (abstract, figure 2, appendix B)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,9 +9,9 @@ from typing import NamedTuple
 import pandas as pd
 
 from lddyn import InputError, unknown
-from lddyn.chapters.variants import design
+from lddyn.chapters.variants import evidence
 from lddyn.data import preferences, world
-from lddyn.engine import decode, models, pool, probes, recipe, store
+from lddyn.engine import models, pool, probes, recipe, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import Encoded, ProbeSet
 from lddyn.engine.settings import choose, derive, lengths
@@ -86,7 +86,7 @@ class Chapter:
 
 @dataclass(frozen=True)
 class Vary:
-    """One run: `variant` and `source` are names in `design`, `stage` is the folder of the SFT run before it."""
+    """One run: `variant` and `source` are names in `evidence`, `stage` is the folder of the SFT run before it."""
 
     seed: int
     variant: str
@@ -131,14 +131,14 @@ def loss_grid(c: Chapter, stage: store.Run) -> list[Vary]:
     seed = stage.manifest["parameters"]["seed"]
     whole = derive(Vary, c, seed=seed, stage=str(stage.folder), variant="DPO", source="data", rounds=1, pushes=0)
     untrained = replace(whole, epochs=0.0, pushes=c.pushes)
-    return [untrained, *(replace(whole, variant=name) for name in design.VARIANTS)]
+    return [untrained, *(replace(whole, variant=name) for name in evidence.VARIANTS)]
 
 
 def source_grid(c: Chapter, stage: store.Run) -> list[Vary]:
     """The runs of one seed that compare whose answers are pushed, all with DPO's loss and equally many pairs."""
     seed, how = stage.manifest["parameters"]["seed"], {"lr": c.source_lr, "epochs": 1.0, "evaluations": 2, "pushes": 0}
     whole = derive(Vary, c, seed=seed, stage=str(stage.folder), variant="DPO", source="data", **how)
-    return [replace(whole, source=name) for name in design.SOURCES]
+    return [replace(whole, source=name) for name in evidence.SOURCES]
 
 
 def both_grids(c: Chapter, stage: store.Run) -> list[Vary]:
@@ -146,11 +146,11 @@ def both_grids(c: Chapter, stage: store.Run) -> list[Vary]:
     return [*loss_grid(c, stage), *source_grid(c, stage)]
 
 
-def runs(c: Chapter, grid: Callable[[Chapter, store.Run], list[Vary]] = both_grids) -> list[store.Run]:
-    """The runs of this chapter. (Chapter 7 shows those of `loss_grid` too, and reads them from the cache.)"""
+def runs(c: Chapter) -> list[store.Run]:
+    """The runs of this chapter."""
     seeds = range(c.first_seed, c.first_seed + c.seeds)
     stages = recipe.stage_grid(c, [c.sft_epochs], seeds)
-    return pool.run_then(recipe.stages, stages, vary, partial(grid, c), recipe.files(c))
+    return pool.run_then(recipe.stages, stages, vary, partial(both_grids, c), recipe.files(c))
 
 
 # --- pairs -------------------------------------------------------------------------------------------------
@@ -172,13 +172,13 @@ def make_pairs(policy, tokenizer, examples: Sequence[dict], draw: int, s: Vary) 
     make the pair; a prompt whose candidates all score the same gives none, and others come twice in its place.
     Raises `InputError` where the judge does not know the prompts, or no prompt gives a pair.
     """
-    source = design.SOURCES[s.source]
+    source = evidence.SOURCES[s.source]
     prompts, chosen, rejected = ([e[field] for e in examples] for field in ("prompt", "chosen", "rejected"))
     if source.rejected_from_data:
         return Pairs(prompts, chosen, rejected)
     count = 1 if source.chosen_from_data else s.candidates
     repeated = [p for p in prompts for _ in range(count)]
-    drawn = decode.sample(policy, tokenizer, repeated, s.max_response, draw, s.max_prompt, batch_size=128)
+    drawn = recipe.sample(policy, tokenizer, repeated, s.max_response, draw, s.max_prompt, batch_size=128)
     texts = [answer.text.strip() or "." for answer in drawn]  # an empty answer cannot be encoded
     if source.chosen_from_data:
         return Pairs(prompts, chosen, texts)
@@ -227,7 +227,7 @@ def vary(work: Path, s: Vary) -> pd.DataFrame:
     table (`judge_score`), where `data` is the closed world. With `pushes`, single responses to so many prompts are
     pushed down alone before any training (`push`). Continues after an interruption.
     """
-    for kind, name, allowed in (("variant", s.variant, design.VARIANTS), ("source", s.source, design.SOURCES)):
+    for kind, name, allowed in (("variant", s.variant, evidence.VARIANTS), ("source", s.source, evidence.SOURCES)):
         if name not in allowed:
             raise unknown(kind, name, allowed)
     where = Path(s.stage) / f"model-{s.sft_epochs}"
@@ -262,7 +262,7 @@ def train_round(folder: Path, lm, reference, tokenizer, probed: ProbeSet, exampl
 
     The pairs come from `source` (`make_pairs`), and are measured under the policy before and after (`pushed_rows`).
     """
-    which, source = design.VARIANTS[s.variant], design.SOURCES[s.source]
+    which, source = evidence.VARIANTS[s.variant], evidence.SOURCES[s.source]
     pairs = make_pairs(lm if source.refresh else reference, tokenizer, examples, draw, s)
     parts = [pushed_rows(lm, tokenizer, pairs, s, "before")]
     if s.epochs:
@@ -310,8 +310,8 @@ def push(lm, tokenizer, probed: ProbeSet, s: Vary) -> pd.DataFrame:
     """
     how, prompts = {"max_prompt": s.max_prompt, "batch_size": 128}, probed.prompts[: s.pushes]
     own = {
-        "greedy": decode.greedy(lm, tokenizer, prompts, s.max_response, **how),
-        "sampled": decode.sample(lm, tokenizer, prompts, s.max_response, s.seed, **how),
+        "greedy": recipe.greedy(lm, tokenizer, prompts, s.max_response, **how),
+        "sampled": recipe.sample(lm, tokenizer, prompts, s.max_response, s.seed, **how),
     }
     encoded = probed.encode(tokenizer, **lengths(s))
     watched = encoded._replace(responses={kind: encoded.responses[kind] for kind in WATCHED})
