@@ -176,6 +176,22 @@ def sentence(part: Mapping) -> str:
     return f"{part['says']}: {found}, rule {part['holds']}: {part['outcome']}"
 
 
+def measured(entries: Iterable[Mapping], chapter: str) -> list[dict]:
+    """The judged claims of which a chapter has measured a part."""
+    return [dict(e) for e in entries if any(part["chapter"] == chapter for part in e["parts"])]
+
+
+def agreement(small: Iterable[Mapping], real: Iterable[Mapping]) -> str:
+    """On how many claims two scales have the same verdict, and the others with both, as a sentence."""
+    here = {e["id"]: e["verdict"] for e in small if e["parts"]}
+    pairs = {e["id"]: (here[e["id"]], e["verdict"]) for e in real if e["parts"] and e["id"] in here}
+    same = [str(number) for number, (a, b) in pairs.items() if a == b]
+    other = [f"{number} ({a}; here {b})" for number, (a, b) in pairs.items() if a != b]
+    words = f"Of {len(pairs)} claims that both models measure, {len(same)} have the same verdict"
+    words += f" ({', '.join(same)})" if same else ""
+    return f"{words}; the others: {', '.join(other)}." if other else f"{words}."
+
+
 # --- as text of a page -------------------------------------------------------------------------------------
 
 
@@ -186,14 +202,17 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> st
 
 
 def as_html(
-    entries: Iterable[Mapping], here: str = "this companion", links: Callable[[Mapping], str] | None = None
+    entries: Iterable[Mapping],
+    here: str = "this companion",
+    links: Callable[[Mapping], str] | None = None,
+    real: Iterable[Mapping] | None = None,
 ) -> str:
     """Judged claims as an HTML table: claim, the paper, the authors' released logs, what was measured here, verdict.
 
     entries: as `verdicts` or `report.scorecard` gives them. `links` gives the address of the figure behind an
-    entry, or an empty text.
+    entry, or an empty text. `real`: the same claims judged on the real model, for a column of its own.
     """
-    rows = ""
+    rows, of_real = "", {e["id"]: e for e in real or []}
     for e in entries:
         ours = "<br>".join(escape(sentence(part)) for part in e["parts"]) or escape(e["reason"])
         if e.get("why") and e["verdict"] in ("partly", "not replicated"):
@@ -204,10 +223,22 @@ def as_html(
             f'<tr data-verdict="{e["verdict"]}" data-chapter="{e["chapter"] or "none"}"><td>{e["id"]}</td>'
             f"<td>{escape(e['claim'])}<br><small>{escape(e['source'])}{link}</small></td>"
             f"<td>{escape(e['paper'])}</td><td>{escape(e['authors'] or '-')}</td><td>{ours}</td>"
-            f'<td class="verdict {e["verdict"].replace(" ", "-")}">{e["verdict"]}</td></tr>'
+            f'<td class="verdict {e["verdict"].replace(" ", "-")}">{e["verdict"]}</td>'
         )
-    heads = ("#", "claim", "the paper", "released logs", here, "verdict")
+        rows += ("" if real is None else _real_cell(of_real.get(e["id"]))) + "</tr>"
+    heads = ("#", "claim", "the paper", "released logs", here, "verdict", *([] if real is None else ["SmolLM2-135M"]))
     head = "".join(f"<th>{h}</th>" for h in heads)
     return (
         f'<div class="scroll"><table class="claims"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
+
+
+def _real_cell(entry: Mapping | None) -> str:
+    """The verdict on the real model with its parts; a verdict over some of the parts says of how many."""
+    if entry is None or not entry["parts"]:
+        return "<td>-</td>"
+    of = len(parts(ledger()[entry["id"] - 1]))
+    some = f" ({len(entry['parts'])} of {of} parts measured)" if len(entry["parts"]) < of else ""
+    found = "<br>".join(escape(sentence(part)) for part in entry["parts"])
+    verdict = f'<strong class="{entry["verdict"].replace(" ", "-")}">{entry["verdict"]}</strong>{some}'
+    return f"<td>{verdict}<br>{found}</td>"

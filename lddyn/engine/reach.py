@@ -20,7 +20,9 @@ from typing import NamedTuple
 # all that a run reads are among its inputs (`models.inputs`), and the shipped ones count in a notebook
 # (`build.fingerprint`), by content. To train them anew in another way changes no number until the files change. The run
 # of `pretrain` itself counts its code.
-CARRIERS = tuple(f"lddyn.engine.{name}" for name in ("cache", "pool", "pretraining", "progress", "reach"))
+CARRIERS = tuple(
+    f"lddyn.engine.{name}" for name in ("cache", "gguf", "pool", "pretraining", "progress", "reach", "recorded")
+)
 BESIDE = {"transformers": "tokenizers"}  # a library that works inside another one, whoever imports it
 NUMERICAL = ("numpy", "peft", "scipy", "sklearn", "tokenizers", "torch", "transformers", "trl")
 

@@ -65,6 +65,12 @@ def published() -> dict[str, dict[str, Any]]:
     return {chapter: {"scale": SCALE, "runs": runs} for chapter, runs in found.items() if runs}
 
 
+def hashes(chapter: str) -> dict[str, str]:
+    """Hashes of all files that are kept for a chapter."""
+    files = sorted(path for path in (FOLDER / chapter).rglob("*") if path.is_file())
+    return {str(path.relative_to(FOLDER)): store.file_hash(path) for path in files}
+
+
 def compare(run: store.Run, chapter: str, group: str) -> str:
     """How far a run is from the kept one with its settings, in words: the largest difference of a log-probability."""
     kept = [k for k in read(chapter, group) if k.manifest["parameters"] == _portable(run.manifest["parameters"])]

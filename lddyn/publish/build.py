@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from lddyn import InputError, unknown
 from lddyn.chapters import claims
 from lddyn.data import preferences
-from lddyn.engine import pretraining, reach, store
+from lddyn.engine import pretraining, reach, recorded, store
 from lddyn.publish import notebooks, pages
 from lddyn.workshop import estimate
 
@@ -28,9 +28,10 @@ SHIPPED = {  # data of this package, and the definition that code which reads th
 
 def fingerprint(notebook: Path, scale: str) -> str:
     """Hash of all that decides what an executed notebook shows: its source, scale and rules, the code that they reach,
-    the libraries, and the data of this package."""
+    the libraries, the data of this package, and the recorded runs of the chapter."""
     rules, (code, versions) = claims.of_chapter(notebook.stem), reached(notebook)
-    parts = [notebook.read_text(), scale, *map(json.dumps, (rules, code, versions, _shipped(code)))]
+    kept = recorded.hashes(notebook.stem)
+    parts = [notebook.read_text(), scale, *map(json.dumps, (rules, code, versions, _shipped(code), kept))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -9,7 +9,7 @@ from IPython.display import HTML, display
 
 from lddyn import Caution
 from lddyn.chapters import claims, style
-from lddyn.engine import store
+from lddyn.engine import recorded, store
 from lddyn.engine.store import Run
 
 BUNDLE = "application/vnd.lddyn+json"  # read back from the executed notebook by `book.published`
@@ -42,8 +42,7 @@ class Results:
 
     def verdicts(self) -> list[dict]:
         """The claims that this chapter measures, judged by its own runs alone."""
-        entries = claims.verdicts({self.chapter: {"scale": self.scale, "runs": self.runs}})
-        return [e for e in entries if any(part["chapter"] == self.chapter for part in e["parts"])]
+        return claims.measured(claims.verdicts({self.chapter: {"scale": self.scale, "runs": self.runs}}), self.chapter)
 
     def _repr_mimebundle_(self, **_) -> dict:
         bundle = {"chapter": self.chapter, "scale": self.scale, "runs": [r.folder.name for r in self.runs]}
@@ -51,6 +50,15 @@ class Results:
         html = "".join(map(caution, noted)) + claims.as_html(self.verdicts())
         html += provenance(store.origin(self.runs), self.scale)
         return {"text/html": html, BUNDLE: bundle, "text/plain": f"{self.chapter}: {len(self.runs)} runs"}
+
+
+def real_model(chapter: str, results: Results) -> str:
+    """The verdicts of a chapter's recorded runs on the real model, and how they agree with those above, as HTML."""
+    runs = recorded.published()[chapter]["runs"]
+    entries = claims.measured(claims.verdicts({chapter: {"scale": recorded.SCALE, "runs": runs}}), chapter)
+    said = escape(claims.agreement(results.verdicts(), entries))
+    table = claims.as_html(entries, here="SmolLM2-135M")
+    return f"<p>{said}</p>{table}{provenance(store.origin(runs), recorded.SCALE)}"
 
 
 def provenance(made: Mapping, scale: str) -> str:

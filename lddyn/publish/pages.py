@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from lddyn.chapters import claims, style
 from lddyn.chapters.variants.figures import softening
 from lddyn.data import preferences, responses
-from lddyn.engine import store
+from lddyn.engine import recorded, store
 from lddyn.publish import across, display, status
 from lddyn.workshop import estimate, launch, sweep
 
@@ -87,18 +87,27 @@ def write_across(shown: dict[str, dict]) -> None:
 
 
 def write_scorecard(entries: list[dict]) -> None:
-    """The page with every claim and its verdict, and a summary of them."""
+    """The page with every claim and its verdict at both scales, and a summary of them."""
+    real = claims.verdicts(recorded.published())
     by_verdict = {v: [e for e in entries if e["verdict"] == v] for v in claims.VERDICTS}
-    numbers = {v: ", ".join(str(e["id"]) for e in those) or "-" for v, those in by_verdict.items()}
+    on_real = {v: [e for e in real if e["verdict"] == v] for v in claims.VERDICTS}
+
+    def numbers(those: list[dict]) -> str:
+        return ", ".join(str(e["id"]) for e in those) or "-"
+
     _write(
         "scorecard.md",
         count=len(entries),
         counts=", ".join(f"{len(those)} {v}" for v, those in by_verdict.items()),
         scales=", ".join(sorted({e["scale"] for e in entries if e["scale"]})) or "none",
         summary=claims.markdown_table(
-            ("verdict", "claims", "numbers"), [(v, len(those), numbers[v]) for v, those in by_verdict.items()]
+            ("verdict", "small model and digits", "numbers", "SmolLM2-135M", "numbers"),
+            [
+                (v, len(those), numbers(those), len(on_real[v]), numbers(on_real[v]) if v != claims.VERDICTS[3] else "")
+                for v, those in by_verdict.items()
+            ],
         ),
-        table=claims.as_html(entries, links=_figure_address),
+        table=claims.as_html(entries, links=_figure_address, real=real),
     )
 
 
