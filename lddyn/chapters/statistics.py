@@ -167,6 +167,21 @@ def end_changes(table: pd.DataFrame, split: str = "train") -> pd.Series:
     )
 
 
+def spill(table: pd.DataFrame) -> pd.Series:
+    """End change of answers to other training questions as a share of that of the trained answers, for each seed."""
+    runs = {seed: (change(rows, "other_train"), change(rows, "chosen")) for seed, rows in table.groupby("seed")}
+    return pd.Series({seed: other / own for seed, (other, own) in runs.items()})
+
+
+def before_and_after(folder: Path, heads: tuple[str, str], split: str = "test", count: int = 4) -> pd.DataFrame:
+    """Greedy answers of a run to the first prompts of a split, before and after. A model's own texts: escape them."""
+    answers = pd.read_json(folder / "answers.json", orient="records")
+    answers = answers[answers.prompt_id.str.startswith(f"{split}/")]
+    asked = answers.prompt.str.removeprefix("Question: ").str.removesuffix("\nAnswer:")
+    texts = answers.assign(prompt=asked).pivot(index="prompt", columns="step", values="text").head(count)
+    return texts.set_axis(list(heads), axis=1)
+
+
 def partial_slope(data: pd.DataFrame) -> tuple[float, np.ndarray, np.ndarray]:
     """Slope of y on x with all other columns but `prompt_id` held fixed, and the residuals of both."""
     controls = data.drop(columns=["prompt_id", "x", "y"]).to_numpy()

@@ -168,6 +168,12 @@ def frame(runs: Sequence[Run]) -> pd.DataFrame:
     return whole.astype(dict.fromkeys(["prompt_id", "response_type", "metric"], "category"))
 
 
+def steps_per_epoch(runs: Sequence[Run]) -> int:
+    """Optimiser steps in an epoch of runs with the same `n_train` and `batch_size`."""
+    parameters = runs[0].manifest["parameters"]
+    return -(-int(parameters["n_train"]) // int(parameters["batch_size"]))
+
+
 def writable(path: Path) -> None:
     """Raise `InputError` when a file cannot be written there."""
     try:

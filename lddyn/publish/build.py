@@ -151,6 +151,7 @@ def _build(scale: str, force: bool) -> int:
     pages.write_scorecard(claims.verdicts(shown))
     pages.write_status()
     pages.write_data_card()
+    pages.write_model_card()
     pages.write_bench()
     pages.write_sweeps()
     return render()

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from lddyn.chapters import claims, style
 from lddyn.chapters.variants.figures import softening
 from lddyn.data import preferences, responses
-from lddyn.engine import recorded, store
+from lddyn.engine import gguf, recorded, store
 from lddyn.publish import across, display, status
 from lddyn.workshop import estimate, launch, sweep
 
@@ -161,6 +161,19 @@ def write_data_card() -> None:
         splits=claims.markdown_table(("split", "questions", "words of chosen", "words of rejected"), rows),
         by_word=f"{by_word:.2f}",
         by_character=f"{by_character:.2f}",
+    )
+
+
+def write_model_card() -> None:
+    """The page about the real language model, with what it needs for a byte of text beside the built-in one."""
+    rows = pd.DataFrame(json.loads(recorded.CARD.read_text()))
+    real = rows[rows.model == "smollm2"].iloc[0]
+    _write(
+        "smollm2.md",
+        parameters=f"{real.parameters / 1e6:.1f}",
+        vocabulary=f"{real.vocabulary:,}",
+        get=gguf.GET,
+        table=display.table(rows.drop(columns=["parameters", "vocabulary"]), index=False),
     )
 
 

@@ -49,6 +49,7 @@ def pieces(given: Mapping[str, object]) -> dict[str, Callable[[Done], object]]:
         "02_decomposition/main": of_chapter_2,
         "03_sft/map": lambda done: pool.run_all(sft.finetune, of_first, files, done=done),
         "03_sft/plain": lambda done: pool.run_all(sft.finetune, [plain], files, done=done),
+        "card": lambda _: store.write_json(recorded.CARD, card()),
     }
 
 

@@ -1,7 +1,6 @@
 """Chapter 5: DPO. Statistics take the table of all runs; those of the long runs leave out the short ones themselves."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -209,15 +208,6 @@ def repetition_sentence(table: pd.DataFrame) -> str:
     """`repetition`, in words."""
     words = "change of repeated 4-grams: {:+.1%} of an answer, 95% interval over prompts [{:+.1%}, {:+.1%}]"
     return words.format(*mean_interval(_repetition(table)))
-
-
-def before_and_after(folder: Path, count: int = 4) -> pd.DataFrame:
-    """Greedy answers of a run to the first test prompts, before and after; the texts are a model's, so escape them."""
-    answers = pd.read_json(folder / "answers.json", orient="records")
-    answers = answers[answers.prompt_id.str.startswith("test/")]
-    answers = answers.assign(prompt=answers.prompt.str.removesuffix("\nAnswer:"))
-    texts = answers.pivot(index="prompt", columns="step", values="text").head(count)
-    return texts.set_axis(["after SFT", "after DPO"], axis=1)
 
 
 # --- the short runs ---------------------------------------------------------------------------------------------
