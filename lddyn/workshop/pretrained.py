@@ -4,6 +4,7 @@ The settings are the scale `pretrained` of chapters 2, 3, 5 and 7. A run that is
 interrupted continues, and each is kept (`recorded`) as soon as it is there.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -12,7 +13,9 @@ from lddyn.chapters.decomposition import run as decomposition
 from lddyn.chapters.dpo import run as dpo
 from lddyn.chapters.extend import run as extend
 from lddyn.chapters.sft import run as sft
-from lddyn.engine import pool, recipe, recorded, store
+from lddyn.data import preferences
+from lddyn.engine import gguf, models, pool, pretraining, probes, prose, recipe, recorded, store
+from lddyn.engine.probe_set import ProbeSet
 
 Done = Callable[[store.Run], None]
 
@@ -51,6 +54,35 @@ def pieces(given: Mapping[str, object]) -> dict[str, Callable[[Done], object]]:
         "03_sft/plain": lambda done: pool.run_all(sft.finetune, [plain], files, done=done),
         "card": lambda _: store.write_json(recorded.CARD, card()),
     }
+
+
+def card() -> list[dict]:
+    """What two models need for a byte of text that neither was finetuned on, nats: rows of the model card.
+
+    Bytes, because their tokens differ. Prose: documents that the pre-training of the built-in model held out, after
+    their first sentence; answers: the chosen ones of the test split, in plain text and as an answer in a chat.
+    """
+    _, held_out = pretraining.documents(prose.versions(pretraining.SIZES["small"]["libraries"]), seed=0)
+    parts = [text.partition(". ") for text in held_out if ". " in text][:48]
+    tests = preferences.load("builtin", "test", 48)
+    texts = {
+        "prose": ProbeSet([first + "." for first, _, _ in parts], {"chosen": [" " + rest for *_, rest in parts]}),
+        "answers": ProbeSet([e["prompt"] for e in tests], {"chosen": [e["chosen"] for e in tests]}),
+    }
+    rows = []
+    for name in ("builtin", gguf.SMOLLM2):
+        model, tokenizer = models.load(name)
+        for (what, probed), format in itertools.product(texts.items(), ("plain", "chat")):
+            if format == "chat" and (what == "prose" or not tokenizer.chat_template):
+                continue
+            encoded = probed.encode(tokenizer, 96, 96, format)
+            table = probes.measure(model, encoded)
+            said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded.responses["chosen"]]
+            total, tokens = (table[table.metric == metric].value.sum() for metric in ("logp_sum", "tokens"))
+            size = sum(len(text.encode()) for text in said)
+            row = {"model": name, "parameters": model.num_parameters(), "vocabulary": len(tokenizer), "text": what}
+            rows.append(row | {"format": format, "nats a byte": -total / size, "bytes a token": size / tokens})
+    return rows
 
 
 def make(names: Sequence[str], given: Mapping[str, object], keep: bool) -> list[str]:
