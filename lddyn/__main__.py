@@ -129,7 +129,7 @@ def _parameters(a) -> int:
 
 
 def _train(a) -> int:
-
+    pool.show_progress()
     run = launch.train(a.settings, dict(a.words), a.force)
     if run:
         print(run.folder)

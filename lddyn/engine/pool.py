@@ -133,8 +133,8 @@ def _results(futures: Sequence[Future[store.Run]]) -> list[store.Run]:
 
 
 def show_progress() -> None:
-    """Let this process, and those of its pools, print how far trainings are (`progress`), on stdout."""
-    logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    """Let this process, and those of its pools, print how far trainings are (`progress`), on stderr."""
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("lddyn").setLevel(logging.INFO)
 
 

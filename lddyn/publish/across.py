@@ -11,18 +11,28 @@ from lddyn.chapters.decomposition import evidence as decomposition
 from lddyn.chapters.digits import evidence as digits
 from lddyn.chapters.digits.figures import error_order
 from lddyn.chapters.extend import evidence as extend
-from lddyn.chapters.style import change_panel
+from lddyn.chapters.style import band, change_panel, curves
 from lddyn.chapters.variants import evidence as variants
 from lddyn.engine.store import Run, frame
 
 
-def hero(of_digits: pd.DataFrame, sft: pd.DataFrame) -> Figure:
-    """The first page's figure: one predicted step of chapter 1, and what a whole SFT run of chapter 3 does."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    error_order(left, of_digits)
-    left.set_title("one gradient step, predicted")
-    change_panel(right, sft, ("chosen", "other_train", "rejected", "other_test", "unrelated"), "", per_epoch=1)
-    right.set(title="finetuning on one answer per question", xlabel="step", ylabel="change of log π (nats)")
+def hero(of_digits: pd.DataFrame, sft: pd.DataFrame, real_sft: pd.DataFrame, real_dpo: pd.DataFrame) -> Figure:
+    """The first page's figure: a predicted step of chapter 1, SFT of both language models, and DPO of the real one."""
+    fig, axes = plt.subplots(2, 2, figsize=(9, 6.6))
+    error_order(axes[0, 0], of_digits)
+    axes[0, 0].set_title("one gradient step, predicted")
+    learned = ("chosen", "other_train", "rejected", "other_test", "unrelated")
+    runs = {
+        "SFT on one answer a question, small model": (axes[0, 1], sft, learned),
+        "the same, SmolLM2-135M": (axes[1, 0], real_sft, learned),
+        "DPO after it, SmolLM2-135M": (axes[1, 1], real_dpo, ("chosen", "rejected", "other_test", "unrelated")),
+    }
+    for title, (ax, table, kinds) in runs.items():
+        change_panel(ax, table, kinds, title, per_epoch=1)
+        ax.set(xlabel="step", ylabel="change of log π (nats)")
+    steps, top = curves(real_dpo, "chosen", "argmax_logp_sum")
+    band(axes[1, 1], steps, top - top[:, :1], "black", "y* along chosen")
+    axes[1, 1].legend(fontsize=7)
     return fig
 
 

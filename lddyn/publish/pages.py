@@ -71,7 +71,8 @@ def write_hero(shown: dict[str, dict]) -> None:
     """The figure of the first page."""
     style.use_style()
     digits, sft = (store.frame(shown[chapter]["runs"]) for chapter in ("01_mnist", "03_sft"))
-    _draw("hero.svg", across.hero(digits, sft))
+    real = (store.frame(recorded.read(*group)) for group in (("03_sft", "main"), ("05_dpo", "after_sft")))
+    _draw("hero.svg", across.hero(digits, sft, *real))
 
 
 def write_across(shown: dict[str, dict]) -> None:
