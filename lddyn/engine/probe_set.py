@@ -18,6 +18,7 @@ from lddyn.data.responses import RESPONSE_TYPES
 from lddyn.data.rows import Turn, joined
 
 FORMATS = ("auto", "chat", "plain")
+Model = Any  # a causal LM of `transformers`, perhaps wrapped by PEFT
 Tokenizer = Any  # one of `transformers`
 
 

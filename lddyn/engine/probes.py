@@ -24,8 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lddyn import Caution, InputError
-from lddyn.engine.probe_set import Encoded, Tokenizer
-from lddyn.theory.first_order import Model
+from lddyn.engine.probe_set import Encoded, Model, Tokenizer
 from lddyn.theory.logprobs import AT_ONCE, TokenStats, token_stats
 
 QUANTITIES = ["logp", "argmax_logp", "rest_logp", "entropy", "sq_norm", "a_norm", "residual_norm", "rank"]

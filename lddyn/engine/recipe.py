@@ -13,10 +13,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from lddyn.data import preferences, responses
 from lddyn.engine import models, probes, store
 from lddyn.engine.callback import ProbeCallback
-from lddyn.engine.probe_set import ProbeSet, Tokenizer, encode_prompt, ends_of_turn
+from lddyn.engine.probe_set import Model, ProbeSet, Tokenizer, encode_prompt, ends_of_turn
 from lddyn.engine.settings import derive, lengths
 from lddyn.engine.training import Training, sft_rows, train
-from lddyn.theory.first_order import Model
 from lddyn.theory.logprobs import token_stats
 
 SCALES = {

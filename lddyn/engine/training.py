@@ -22,11 +22,10 @@ from trl.trainer import utils as trl_utils
 from lddyn import InputError, unknown
 from lddyn.engine import store
 from lddyn.engine.callback import ProbeCallback
-from lddyn.engine.probe_set import ProbeSet, Tokenizer
+from lddyn.engine.probe_set import Model, ProbeSet, Tokenizer
 from lddyn.engine.probes import head_sees
 from lddyn.engine.progress import Progress
 from lddyn.theory import losses
-from lddyn.theory.first_order import Model
 
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd"}  # transformers' names; RMSprop: the authors'
 
