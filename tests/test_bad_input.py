@@ -45,7 +45,7 @@ COMMANDS = {
     "not a number": (["run", "03_sft", "-p", "lr", "nan"], "not 'nan'"),
     "half a seed": (["run", "03_sft", "-p", "seeds", "2.5"], "seeds takes int or none in [1, 100], not '2.5'"),
     "an unknown choice": (["run", "03_sft", "-p", "optimizer", "adam"], "one of {adamw, rmsprop, sgd}, not 'adam'"),
-    "an unknown scale": (["run", "03_sft", "--scale", "huge"], "one of {smoke, laptop, paper}, not 'huge'"),
+    "an unknown scale": (["run", "03_sft", "--scale", "huge"], "one of {smoke, laptop, pretrained, paper}, not 'huge'"),
     "an unknown scale of the book": (["book", "--scale", "hugr"], "unknown scale 'hugr'"),
     "a parameter file that is not there": (["run", "03_sft", "--params", "{tmp}/none.yml"], "cannot read parameters"),
     "a parameter file that is no YAML": (["run", "03_sft", "--params", "{tmp}/broken.yml"], "cannot read parameters"),
