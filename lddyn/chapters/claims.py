@@ -16,7 +16,7 @@ import yaml
 
 from lddyn import InputError
 from lddyn.chapters import statistics
-from lddyn.engine import store
+from lddyn.engine import recorded, store
 from lddyn.engine.store import ROOT, Run, frame
 
 LEDGER = ROOT / "book" / "claims.yml"
@@ -134,7 +134,7 @@ def verdicts(published: Mapping[str, dict]) -> list[dict]:
 
     Replicated: every part holds. Not replicated: none does. Partly: some do. A part is measured in its own `chapter`,
     or in the claim's; parts whose chapter has no record are left out, and the reason names the chapter. A claim with a
-    `sweep` is measured in that recorded table instead.
+    `sweep` is measured in that recorded table instead. Not attempted: no part is measured.
     """
     tables = cache(lambda chapter: by_seed(published[chapter]["runs"]))
     return [_verdict_of_sweep(entry) if "sweep" in entry else _verdict(entry, published, tables) for entry in ledger()]
@@ -155,7 +155,8 @@ def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
         if part["chapter"] in published
     ]
     held = sum(part["outcome"] == "holds" for part in judged)
-    verdict = VERDICTS[3] if not judged else VERDICTS[0] if held == len(judged) else VERDICTS[1 if held else 2]
+    found = [part for part in judged if part["ours"] is not None]
+    verdict = VERDICTS[3] if not found else VERDICTS[0] if held == len(judged) else VERDICTS[1 if held else 2]
     commands = [f"sweep book/sweeps/{entry['sweep']}.yml" if "sweep" in entry else f"run {name}" for name in missing]
     reasons = [sentence(part) for part in judged] + [f"no record: python -m lddyn {words}" for words in commands]
     return {
@@ -174,6 +175,11 @@ def sentence(part: Mapping) -> str:
     spread = "one seed" if part["interval"] is None else "[{:.3g}, {:.3g}]".format(*part["interval"])
     found = "not measured" if part["ours"] is None else f"{part['ours']:.3g} {spread}"
     return f"{part['says']}: {found}, rule {part['holds']}: {part['outcome']}"
+
+
+def on_real_model() -> list[dict]:
+    """The claims of which something is measured in the recorded runs on the real model, judged there."""
+    return [e for e in verdicts(recorded.published()) if e["scale"] == recorded.SCALE and e["verdict"] != VERDICTS[3]]
 
 
 def measured(entries: Iterable[Mapping], chapter: str) -> list[dict]:

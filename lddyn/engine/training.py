@@ -1,5 +1,6 @@
 """SFT and DPO with TRL, looked at with probes while they run. The only module that imports TRL."""
 
+import contextlib
 import math
 import os
 import warnings
@@ -20,7 +21,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from lddyn import InputError, unknown
-from lddyn.engine import store
+from lddyn.engine import pairs, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import Model, ProbeSet, Tokenizer
 from lddyn.engine.probes import head_sees
@@ -257,18 +258,26 @@ def train(
         "train_dataset": rows,
         "callbacks": [callback, Progress(work.parent.name, callback)],
     }
-    if how.method == "sft":
-        trainer = SFT_LOSSES[how.loss](args=SFTConfig(**common), **parts)
-    else:
-        _lean_head(model.get_output_embeddings().weight.shape[0])
-        # before the first step, when the model is its own reference: no second one in memory, and each pair once
-        common |= {"beta": how.beta, "precompute_ref_log_probs": True}
-        trainer = _pair_trainer(common, how.loss, dict(how.options or {}), parts | {"ref_model": reference})
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    with pairs.shared(model, _extremes(rows)) if how.method == "dpo" else contextlib.nullcontext():
+        if how.method == "sft":
+            trainer = SFT_LOSSES[how.loss](args=SFTConfig(**common), **parts)
+        else:
+            _lean_head(model.get_output_embeddings().weight.shape[0])
+            # before the first step, when the model is its own reference: no second one in memory, and each pair once
+            common |= {"beta": how.beta, "precompute_ref_log_probs": True}
+            trainer = _pair_trainer(common, how.loss, dict(how.options or {}), parts | {"ref_model": reference})
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     if callback.stopped:
         raise store.RecordError(callback.stopped)
     return list(trainer.state.log_history)
+
+
+def _extremes(rows: datasets.Dataset) -> list[tuple[list[int], list[int]]]:
+    """The shortest and the longest pair, as token ids of both texts."""
+    by_length = sorted(rows, key=lambda row: len(row["prompt_ids"] + row["chosen_ids"]))
+    ends = (by_length[0], by_length[-1])
+    return [(row["prompt_ids"] + row["chosen_ids"], row["prompt_ids"] + row["rejected_ids"]) for row in ends]
 
 
 def _check_room(model: Model, rows: datasets.Dataset) -> None:

@@ -54,8 +54,7 @@ class Results:
 
 def real_model(chapter: str, results: Results) -> str:
     """The verdicts of a chapter's recorded runs on the real model, and how they agree with those above, as HTML."""
-    runs = recorded.published()[chapter]["runs"]
-    entries = claims.measured(claims.verdicts({chapter: {"scale": recorded.SCALE, "runs": runs}}), chapter)
+    runs, entries = recorded.published()[chapter]["runs"], claims.measured(claims.on_real_model(), chapter)
     said = escape(claims.agreement(results.verdicts(), entries))
     table = claims.as_html(entries, here="SmolLM2-135M")
     return f"<p>{said}</p>{table}{provenance(store.origin(runs), recorded.SCALE)}"

@@ -89,7 +89,7 @@ def write_across(shown: dict[str, dict]) -> None:
 
 def write_scorecard(entries: list[dict]) -> None:
     """The page with every claim and its verdict at both scales, and a summary of them."""
-    real = claims.verdicts(recorded.published())
+    real = claims.on_real_model()
     by_verdict = {v: [e for e in entries if e["verdict"] == v] for v in claims.VERDICTS}
     on_real = {v: [e for e in real if e["verdict"] == v] for v in claims.VERDICTS}
 
