@@ -105,7 +105,8 @@ def two_scales(runs: Mapping[str, tuple[pd.DataFrame, float]]) -> Figure:
     fig, axes = plt.subplots(len(PANELS), len(runs), figsize=(9, 10), sharex="col", squeeze=False)
     for column, (name, (table, per_epoch)) in zip(axes.T, runs.items(), strict=True):
         for ax, (title, kinds) in zip(column, PANELS.items(), strict=True):
-            change_panel(ax, table, kinds, f"{name}: {title}", per_epoch)
+            change_panel(ax, table, kinds, title, per_epoch)
+        column[0].set_title(f"{name}\n\n{column[0].get_title()}")
         column[-1].set_xlabel("epoch")
     for ax in axes[:, 0]:
         ax.set_ylabel("change of log π (nats)")

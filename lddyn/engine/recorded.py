@@ -1,8 +1,11 @@
 """Runs that take long, kept beside the code: table, manifest and answers of each, as every reader's book draws them.
 
-book/recorded/pretrained/05_dpo/after SFT, seed 10/     table.parquet, manifest.json, answers.json
+    book/recorded/pretrained/05_dpo/after_sft/seed-10-4f1c09aa/     table.parquet, manifest.json, answers.json
+
+The folder of a run is named by its settings alone: made again by other code, it takes the place of what was there.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -24,12 +27,14 @@ KEYS = ["step", "prompt_id", "response_type", "metric"]
 
 
 def write(run: store.Run, chapter: str, group: str) -> Path:
-    """Keep a run under the name of its chapter, what it belongs to, and its own; returns the folder.
+    """Keep a run under its chapter, what it belongs to there, and its settings; returns the folder.
 
     Values are rounded to float32. The manifest loses what only the cache needs: hashes of definitions, and where on
     this machine things lie.
     """
-    folder = FOLDER / chapter / group / run.folder.name
+    settings = _portable(run.manifest["parameters"])
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    folder = FOLDER / chapter / group / f"seed-{settings['seed']}-{name}"
     folder.mkdir(parents=True, exist_ok=True)
     table = run.table.astype({"value": "float32", "step": "int32", "examples": "int32"})
     store.write_atomically(
