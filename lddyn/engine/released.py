@@ -19,16 +19,19 @@ COUNTED = {"03_sft": "sft", "05_dpo": "dpo"}  # the kind of run that a chapter's
 @cache
 def recorded() -> dict[str, Any]:
     """The content of `book/recorded/released.json`; without runs where there is none."""
-    return json.loads(FILE.read_text()) if FILE.exists() else {"runs": [], "comparisons": []}
+    content: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"runs": [], "comparisons": []}
+    return content
 
 
-def key(part: Mapping) -> str:
+def key(part: Mapping[str, Any]) -> str:
     """The name of a part's value: `05_dpo: step_order(kind=rejected)`."""
     given = ", ".join(f"{name}={value}" for name, value in part.get("arguments", {}).items())
     return f"{part['chapter']}: {part['statistic']}({given})".replace("'", "")
 
 
-def judge(part: Mapping, low: float, high: float, logs: Mapping | None = None) -> dict[str, Any] | None:
+def judge(
+    part: Mapping[str, Any], low: float, high: float, logs: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
     """One part over all logs that can tell, or None where none can: `says, holds, values` and the counts below.
 
     A run holds where its value lies in [low, high], a model where all its runs hold: `runs` of them and `held`,
@@ -59,7 +62,7 @@ def judge(part: Mapping, low: float, high: float, logs: Mapping | None = None) -
     }
 
 
-def sentence(judged: Mapping) -> str:
+def sentence(judged: Mapping[str, Any]) -> str:
     """A result of `judge` in words: in how many runs and models the rule holds, and the range of the values."""
     values = judged["values"]
     if len(values) == 1:
