@@ -140,7 +140,8 @@ def _starts(log: Log) -> dict[str, float]:
 def trained_before(log: Log) -> str:
     """What a log starts from, as its first values tell: `nothing`, `SFT` on chosen, `SFT on rejected`, `extended SFT`.
 
-    The names do not say on which answers; of one that has gained more than the other, trained were its like.
+    The names do not say on which answers; of one that has gained more than the other, trained were its like. For the
+    untouched model counts the lowest start of a log of the same model and prompts: with DPO alone it cannot be told.
     """
     gain = {kind: value - log["base"][kind] for kind, value in _starts(log).items() if kind in log["base"]}
     if gain["chosen"] < SAME:
