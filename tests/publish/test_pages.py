@@ -15,6 +15,7 @@ def generated(tmp_path, monkeypatch):
 
 
 def test_every_template_becomes_a_page_without_gaps(generated, monkeypatch):
+    pages.write_paper_scale({})
     run = Run(None, pd.DataFrame(), {"parameters": {"seed": 0}, "seconds": 90})
     shown = {name: {"scale": "smoke", "runs": [run]} for name in pages.chapters()}
     ends = pd.DataFrame({"name": ["DPO", "IPO"], "seed": 0, "chosen": [-1.0, 0.5], "margin": 2.0, "won": 0.5})
@@ -24,7 +25,6 @@ def test_every_template_becomes_a_page_without_gaps(generated, monkeypatch):
     pages.write_chapters(shown)
     pages.write_across(shown)
     pages.write_scorecard(claims.verdicts({}))
-    pages.write_paper_scale({})
     pages.write_status()
     pages.write_data_card()
     pages.write_bench()
