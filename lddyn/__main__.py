@@ -9,8 +9,9 @@ from pathlib import Path
 from lddyn import InputError, __version__
 from lddyn.chapters import claims
 from lddyn.engine import pool, pretraining, store
+from lddyn.engine.released import FILE
 from lddyn.publish import build, notebooks, pages, pdf, status
-from lddyn.workshop import chat, estimate, launch, pretrained, rephrase, report, sweep, tune
+from lddyn.workshop import chat, estimate, launch, pretrained, released, rephrase, report, sweep, tune
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,6 +78,10 @@ def parser() -> argparse.ArgumentParser:
 
     verdicts = commands.add_parser("claims", help="the verdict on every claim of the paper")
     verdicts.add_argument("--json", action="store_true")
+
+    logs = commands.add_parser("released", help="the authors' released logs, judged by the rules of the claims")
+    logs.add_argument("path", type=Path, help="Parquet table of logs, or a folder with clones of the repositories")
+    logs.add_argument("--out", type=Path, default=FILE, help="JSON file (default: book/recorded/released.json)")
 
     again = commands.add_parser("pretrain", help="make the built-in models again and say whether they are equal")
     again.add_argument("sizes", nargs="*", help="tiny, small, world (default: all)")
@@ -197,6 +202,12 @@ def _claims(a) -> int:
     return 0
 
 
+def _released(a) -> int:
+
+    print(released.record(a.path, a.out))
+    return 0
+
+
 def _pretrain(a) -> int:
     from lddyn import unknown
 
@@ -229,6 +240,7 @@ COMMANDS = {
     "pdf": _pdf,
     "status": _status,
     "claims": _claims,
+    "released": _released,
     "pretrain": _pretrain,
     "pretrained": _pretrained,
 }

@@ -16,7 +16,7 @@ import yaml
 
 from lddyn import InputError
 from lddyn.chapters import statistics
-from lddyn.engine import recorded, store
+from lddyn.engine import recorded, released, store
 from lddyn.engine.store import ROOT, Run, frame
 
 LEDGER = ROOT / "book" / "claims.yml"
@@ -167,8 +167,27 @@ def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
         "scale": published[judged[0]["chapter"]]["scale"] if judged else None,
         "verdict": verdict,
         "parts": judged,
+        "released": of_logs(entry),
         "reason": "; ".join(reasons) or "no experiment of this companion tests it yet",
     }
+
+
+def of_logs(entry: Mapping, logs: Mapping | None = None) -> dict | None:
+    """A claim judged on the authors' released logs, `verdict` and `parts` (`released.judge`); None where none can tell.
+
+    Replicated: every part that a log can tell holds in every run that can; not replicated: no part in any; else partly.
+    """
+    judged = [released.judge(p, *_rule(p["holds"], p["says"]), logs) for p in parts(entry)]
+    told = [part for part in judged if part]
+    outcomes = {part["outcome"] for part in told}
+    verdict = VERDICTS[0] if outcomes == {"holds"} else VERDICTS[2] if outcomes == {"fails"} else VERDICTS[1]
+    return {"verdict": verdict, "parts": told, "of": len(judged)} if told else None
+
+
+def logs_sentence(found: Mapping) -> str:
+    """A result of `of_logs` in words, without its verdict."""
+    some = f"({len(found['parts'])} of {found['of']} parts) " if len(found["parts"]) < found["of"] else ""
+    return some + "; ".join(released.sentence(part) for part in found["parts"])
 
 
 def sentence(part: Mapping) -> str:
@@ -228,7 +247,7 @@ def as_html(
         rows += (
             f'<tr data-verdict="{e["verdict"]}" data-chapter="{e["chapter"] or "none"}"><td>{e["id"]}</td>'
             f"<td>{escape(e['claim'])}<br><small>{escape(e['source'])}{link}</small></td>"
-            f"<td>{escape(e['paper'])}</td><td>{escape(e['authors'] or '-')}</td><td>{ours}</td>"
+            f"<td>{escape(e['paper'])}</td><td>{_logs_cell(e)}</td><td>{ours}</td>"
             f'<td class="verdict {e["verdict"].replace(" ", "-")}">{e["verdict"]}</td>'
         )
         rows += ("" if real is None else _real_cell(of_real.get(e["id"]))) + "</tr>"
@@ -239,12 +258,23 @@ def as_html(
     )
 
 
+def _logs_cell(entry: Mapping) -> str:
+    """What the released logs say: judged where they can tell; else the text of the ledger, typed with its source."""
+    if not (found := entry.get("released")):
+        return escape(entry["authors"] or "-")
+    return _judged_cell(found["verdict"], found["parts"], found["of"], released.sentence)
+
+
 def _real_cell(entry: Mapping | None) -> str:
-    """The verdict on the real model with its parts; a verdict over some of the parts says of how many."""
+    """The verdict on the real model with its parts."""
     if entry is None or not entry["parts"]:
         return "<td>-</td>"
     of = len(parts(ledger()[entry["id"] - 1]))
-    some = f" ({len(entry['parts'])} of {of} parts measured)" if len(entry["parts"]) < of else ""
-    found = "<br>".join(escape(sentence(part)) for part in entry["parts"])
-    verdict = f'<strong class="{entry["verdict"].replace(" ", "-")}">{entry["verdict"]}</strong>{some}'
-    return f"<td>{verdict}<br>{found}</td>"
+    return f"<td>{_judged_cell(entry['verdict'], entry['parts'], of, sentence)}</td>"
+
+
+def _judged_cell(verdict: str, judged: Sequence[Mapping], of: int, words: Callable[[Mapping], str]) -> str:
+    """A verdict with its parts in words; over some of the parts it says of how many."""
+    some = f" ({len(judged)} of {of} parts measured)" if len(judged) < of else ""
+    found = "<br>".join(escape(words(part)) for part in judged)
+    return f'<strong class="{verdict.replace(" ", "-")}">{verdict}</strong>{some}<br>{found}'

@@ -21,7 +21,8 @@ from typing import NamedTuple
 # (`build.fingerprint`), by content. To train them anew in another way changes no number until the files change. The run
 # of `pretrain` itself counts its code.
 CARRIERS = tuple(
-    f"lddyn.engine.{name}" for name in ("cache", "gguf", "pool", "pretraining", "progress", "reach", "recorded")
+    f"lddyn.engine.{name}"
+    for name in ("cache", "gguf", "pool", "pretraining", "progress", "reach", "recorded", "released")
 )
 BESIDE = {"transformers": "tokenizers"}  # a library that works inside another one, whoever imports it
 NUMERICAL = ("numpy", "peft", "scipy", "sklearn", "tokenizers", "torch", "transformers", "trl")

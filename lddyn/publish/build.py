@@ -28,9 +28,9 @@ SHIPPED = {  # data of this package, and the definition that code which reads th
 
 def fingerprint(notebook: Path, scale: str) -> str:
     """Hash of all that decides what an executed notebook shows: its source, scale and rules, the code that they reach,
-    the libraries, the data of this package, and the recorded runs of the chapter."""
+    the libraries, the data of this package, and what is recorded of the chapter: runs, and logs of the authors."""
     rules, (code, versions) = claims.of_chapter(notebook.stem), reached(notebook)
-    kept = recorded.hashes(notebook.stem)
+    kept = recorded.hashes(notebook.stem), [claims.of_logs(rule) for rule in rules]
     parts = [notebook.read_text(), scale, *map(json.dumps, (rules, code, versions, _shipped(code), kept))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -149,6 +149,7 @@ def _build(scale: str, force: bool) -> int:
     pages.write_across(shown)
     pages.write_chapters(shown)
     pages.write_scorecard(claims.verdicts(shown))
+    pages.write_paper_scale(shown)
     pages.write_status()
     pages.write_data_card()
     pages.write_model_card()

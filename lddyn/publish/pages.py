@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from lddyn.chapters import claims, style
 from lddyn.chapters.variants.figures import softening
 from lddyn.data import preferences, responses
-from lddyn.engine import gguf, recorded, store
-from lddyn.publish import across, display, status
+from lddyn.engine import gguf, recorded, released, store
+from lddyn.publish import across, display, paper_scale, status
 from lddyn.workshop import estimate, launch, sweep
 
 BOOK = store.ROOT / "book"
@@ -88,13 +88,18 @@ def write_across(shown: dict[str, dict]) -> None:
 
 
 def write_scorecard(entries: list[dict]) -> None:
-    """The page with every claim and its verdict at both scales, and a summary of them."""
+    """The page with every claim and its verdict at three scales, and a summary of them."""
     real = claims.on_real_model()
     by_verdict = {v: [e for e in entries if e["verdict"] == v] for v in claims.VERDICTS}
     on_real = {v: [e for e in real if e["verdict"] == v] for v in claims.VERDICTS}
+    on_logs = {v: [e for e in entries if e["released"] and e["released"]["verdict"] == v] for v in claims.VERDICTS}
+    on_logs[claims.VERDICTS[3]] = [e for e in entries if not e["released"]]
 
     def numbers(those: list[dict]) -> str:
         return ", ".join(str(e["id"]) for e in those) or "-"
+
+    def cells(those: list[dict], verdict: str) -> tuple[int, str]:
+        return len(those), numbers(those) if verdict != claims.VERDICTS[3] else ""
 
     _write(
         "scorecard.md",
@@ -102,13 +107,44 @@ def write_scorecard(entries: list[dict]) -> None:
         counts=", ".join(f"{len(those)} {v}" for v, those in by_verdict.items()),
         scales=", ".join(sorted({e["scale"] for e in entries if e["scale"]})) or "none",
         summary=claims.markdown_table(
-            ("verdict", "small model and digits", "numbers", "SmolLM2-135M", "numbers"),
+            ("verdict", "small model and digits", "numbers", "SmolLM2-135M", "numbers", "released logs", "numbers"),
             [
-                (v, len(those), numbers(those), len(on_real[v]), numbers(on_real[v]) if v != claims.VERDICTS[3] else "")
+                (v, len(those), numbers(those), *cells(on_real[v], v), *cells(on_logs[v], v))
                 for v, those in by_verdict.items()
             ],
         ),
         table=claims.as_html(entries, links=_figure_address, real=real),
+    )
+
+
+def write_paper_scale(shown: dict[str, dict]) -> None:
+    """The page on the authors' released logs, beside what this companion has measured itself."""
+    style.use_style()
+    sft, dpo = paper_scale.runs("sft"), paper_scale.runs("dpo", "extend_dpo", "sparse_dpo")
+    tables = paper_scale.tables(shown, recorded.published())
+    mine = {method: paper_scale.ours(tables, method) for method in paper_scale.CHAPTERS}
+    everywhere = paper_scale.runs(*dict.fromkeys(run["kind"] for run in released.recorded()["runs"]))
+    _draw("released_sft.svg", paper_scale.multiples(paper_scale.longest(sft)))
+    _draw("released_dpo.svg", paper_scale.multiples(paper_scale.longest(dpo)))
+    _draw("released_top.svg", paper_scale.top([run for run in everywhere if paper_scale.TOP in run["curves"]]))
+    _write(
+        "paper_scale.md",
+        there=paper_scale.what_there_is(),
+        reading=paper_scale.reading_sentence(),
+        sft=paper_scale.sft_sentence(),
+        sft_agreement=paper_scale.agreement_sentence(sft, mine["sft"]),
+        sft_table=display.table(paper_scale.end_changes(sft, mine["sft"]), index=False),
+        controls_sentence=paper_scale.controls_sentence(),
+        controls_table=display.table(paper_scale.controls(), index=False),
+        starts_sentence=paper_scale.starts_sentence(),
+        starts_table=display.table(paper_scale.starts(), index=False),
+        dpo_agreement=paper_scale.agreement_sentence(paper_scale.runs("dpo"), mine["dpo"]),
+        dpo_table=display.table(paper_scale.end_changes(dpo, mine["dpo"]), index=False),
+        extended_sentence=paper_scale.extended_sentence(),
+        extended_table=display.table(paper_scale.extended()),
+        verdicts_sentence=paper_scale.verdicts_sentence(),
+        verdicts_table=display.table(paper_scale.verdicts(), index=False),
+        sources_table=display.table(paper_scale.sources(), index=False),
     )
 
 

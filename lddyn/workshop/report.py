@@ -69,7 +69,9 @@ def scorecard(runs: Sequence[store.Run], method: str) -> list[dict]:
         verdict = "not measured" if not parts else outcomes.pop() if len(outcomes) == 1 else "partly"
         shown = {name: claim.get(name) for name in ("id", "claim", "source", "paper", "authors", "chapter")}
         reason = "this run lacks the responses or the further runs that it needs"
-        entries.append(shown | {"parts": parts, "verdict": verdict, "reason": reason})
+        entries.append(
+            shown | {"parts": parts, "verdict": verdict, "reason": reason, "released": claims.of_logs(claim)}
+        )
     return entries
 
 

@@ -15,6 +15,7 @@ def generated(tmp_path, monkeypatch):
 
 
 def test_every_template_becomes_a_page_without_gaps(generated, monkeypatch):
+    pages.write_paper_scale({})
     run = Run(None, pd.DataFrame(), {"parameters": {"seed": 0}, "seconds": 90})
     shown = {name: {"scale": "smoke", "runs": [run]} for name in pages.chapters()}
     ends = pd.DataFrame({"name": ["DPO", "IPO"], "seed": 0, "chosen": [-1.0, 0.5], "margin": 2.0, "won": 0.5})
@@ -33,6 +34,15 @@ def test_every_template_becomes_a_page_without_gaps(generated, monkeypatch):
     assert (generated / "softening.svg").exists()
     assert not [name for name in templates if "$" in (generated / name).read_text()]
     assert "| {doc}`/notebooks/01_mnist` | smoke | 1 | 1 | 1.5 |" in (generated / "chapters.md").read_text()
+
+
+def test_a_claim_that_released_logs_can_tell_shows_their_verdict_and_no_typed_text():
+    entries = claims.verdicts({})
+    html = claims.as_html(entries)
+    assert all(entry["released"] or entry["id"] not in range(20, 25) for entry in entries)
+    assert not [entry["id"] for entry in entries if entry["released"] and entry["authors"]]
+    assert "rule &gt; 0.9: holds in 7 of 7 runs (4 of 4 models)" in html and "(1 of 3 parts measured)" in html
+    assert "not faster" in html  # claim 35: typed, as no log can tell
 
 
 def test_a_name_without_a_value_is_an_error():
