@@ -1,6 +1,6 @@
 """What pyproject.toml cannot say: the wheel also gets those files of the clone that the package reads.
 
-A copy at build time, so that `book/` and `notebooks/` stay the one place to edit, in a clone and in an editable install.
+A copy at build time, so that `book/` and `notebooks/` stay the one place to edit; an editable install reads them there.
 """
 
 import shutil

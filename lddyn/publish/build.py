@@ -127,6 +127,8 @@ def build(scale: str, force: bool = False) -> int:
     """
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
+    if not store.CLONE:
+        raise InputError("the book needs a clone of the repository; the package alone runs notebooks: lddyn run NAME")
     store.writable(pages.GENERATED / "status.md")
     lock = FileLock(pages.GENERATED / ".lock")
     try:
@@ -148,6 +150,7 @@ def _build(scale: str, force: bool) -> int:
     pages.write_hero(shown)
     pages.write_across(shown)
     pages.write_chapters(shown)
+    pages.write_citation()
     pages.write_scorecard(claims.verdicts(shown))
     pages.write_status()
     pages.write_data_card()
