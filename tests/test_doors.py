@@ -142,6 +142,40 @@ def test_colab_is_offered_only_where_its_notebooks_install_this_package(monkeypa
         assert ("colab_url" in config.html_theme_options["launch_buttons"]) == offered
 
 
+IMAGE = (ROOT / "Dockerfile").read_text()
+
+
+def test_the_image_and_the_workflow_have_the_oldest_python_and_the_workflow_the_newest():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text())
+    matrix = workflow["jobs"]["check"]["strategy"]["matrix"]
+    assert matrix == {"os": ["ubuntu-latest", "macos-latest"], "python": ["3.11", "3.14"]}
+    assert PROJECT["requires-python"] == ">=3.11,<3.15" and "FROM python:3.11-slim\n" in IMAGE
+
+
+def test_the_image_holds_the_environment_of_make():
+    assert "RUN make env\n" in IMAGE
+    assert IMAGE.count("pip install") == 1  # PyTorch in another build; the rest is the Makefile's, from the lock
+    pattern = re.search(r"grep -o '(.*)' locks/constraints.txt", IMAGE)[1]
+    assert re.findall(pattern, (ROOT / "locks" / "constraints.txt").read_text(), re.M)
+    flags = re.search(r'MAKEFLAGS="(.*)"', IMAGE)[1]
+    told = call("make", "-nB", "env", cwd=ROOT, MAKEFLAGS=flags)
+    assert f"{flags.removeprefix('VENV=')}/bin/python -m pip" in told and "-r locks/requirements.txt" in told
+
+
+def test_the_dev_container_is_the_image_with_the_clone_in_its_place():
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    assert container["build"] == {"dockerfile": "../Dockerfile", "context": ".."}
+    assert f"USER {container['remoteUser']}\n" in IMAGE and f"WORKDIR {container['workspaceFolder']}\n" in IMAGE
+    assert f"target={container['workspaceFolder']}," in container["workspaceMount"]
+    interpreter = container["customizations"]["vscode"]["settings"]["python.defaultInterpreterPath"]
+    assert f"ENV VENV={interpreter.removesuffix('/bin/python')} " in IMAGE
+
+
+def test_what_git_ignores_does_not_enter_the_image():
+    entries = [(ROOT / name).read_text().split() for name in (".gitignore", ".dockerignore")]
+    assert [entry.rstrip("/") for entry in entries[0]] == [entry.removeprefix("**/") for entry in entries[1]]
+
+
 def test_one_version_and_one_paper_whatever_one_cites():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     zenodo = json.loads((ROOT / ".zenodo.json").read_text())

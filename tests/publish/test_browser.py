@@ -12,10 +12,11 @@ from urllib.parse import urldefrag, urljoin
 import pytest
 
 from lddyn.engine.store import ROOT
+from lddyn.publish import pdf
 
 pytestmark = pytest.mark.browser
 HTML = ROOT / "book" / "_build" / "html"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, pdf.BROWSERS)), None)
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
