@@ -86,6 +86,9 @@ def test_page(site, browser, path, width):
     for mark in (r"\$\$", r"\\\(", r"\{glue", r"```", r":::", r"\{cite"):
         assert not re.search(mark, text) or re.search(mark, code), f"raw markup {mark} on the page"
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+    page.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true; })")
+    wide = "[...document.querySelectorAll('article pre')].filter(e => e.scrollWidth > e.clientWidth + 1)"
+    assert page.evaluate(f"{wide}.map(e => e.innerText)") == [], "lines are cut off"
     page.close()
 
 
