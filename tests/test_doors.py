@@ -122,7 +122,8 @@ def test_the_repository_has_one_address():
 
 def test_an_address_is_written_wherever_it_stands(tmp_path):
     new = "https://github.com/somebody/a.fork-1"
-    named = ["pyproject.toml", "CITATION.cff", ".zenodo.json", *(str(p.relative_to(ROOT)) for p in NOTEBOOKS)]
+    named = ["pyproject.toml", "CITATION.cff", ".zenodo.json", "README.md", "book/run_it.md"]
+    named += [str(path.relative_to(ROOT)) for path in NOTEBOOKS]
     for name in ("Makefile", *named):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
