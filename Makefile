@@ -27,7 +27,7 @@ define FIND_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help env upgrade book test browser pdf run bench pretrain smollm2 pretrained check format serve status claims clean distclean
+.PHONY: help env upgrade address book test browser pdf run bench pretrain smollm2 pretrained check format serve status claims clean distclean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z0-9]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,11 @@ env: $(READY)  ## create .venv and install everything, in the versions of locks/
 upgrade:  ## renew locks/: the newest versions that pyproject.toml allows
 	$(FIND_PYTHON)
 	@$(PYTHON) locks/renew.py
+
+address:  ## write where this repository lives wherever it is named: make address ADDRESS=https://github.com/NAME/lddyn
+	@test -n "$(ADDRESS)" || { echo "lddyn: say make address ADDRESS=https://github.com/NAME/lddyn" >&2; exit 2; }
+	@old=$$(sed -n 's/^Repository = "\([^"]*\)".*/\1/p' pyproject.toml) && \
+		git grep -lF "$$old" | xargs perl -pi -e "s|\Q$$old\E|$(ADDRESS)|g"
 
 book: $(READY)  ## run every stale notebook at SCALE and build book/_build/html
 	$(PY) -m lddyn book --scale $(SCALE)

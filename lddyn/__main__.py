@@ -1,4 +1,7 @@
-"""`python -m lddyn`: run a notebook, build the book, train a model of your own. Bad input: one line, exit code 2."""
+"""`lddyn` or `python -m lddyn`: run a notebook, build the book, train a model of your own.
+
+Bad input is one line and exit code 2.
+"""
 
 import argparse
 import json
@@ -15,7 +18,8 @@ from lddyn.workshop import chat, estimate, launch, pretrained, released, rephras
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m lddyn", description=__doc__.split("`: ")[1])
+    name = "lddyn" if Path(sys.argv[0]).stem == "lddyn" else "python -m lddyn"
+    top = argparse.ArgumentParser(prog=name, description=__doc__.split("`: ")[1])
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

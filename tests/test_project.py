@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import runpy
+import shutil
 import tomllib
 
 import pytest
@@ -175,7 +176,7 @@ def test_citation_names_the_paper_first():
 def test_a_missing_or_too_old_python_is_one_clear_line(tmp_path):
     import subprocess
 
-    for python, message in (("no-such-python", "not found"), ("/bin/false", "Python 3.11 to 3.14 is needed")):
+    for python, message in (("no-such-python", "not found"), (shutil.which("false"), "Python 3.11 to 3.14 is needed")):
         command = ["make", "env", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         lines = [line for line in done.stderr.splitlines() if line.startswith("lddyn:")]

@@ -1,8 +1,16 @@
-"""Binder and Colab buttons, when it is known where the repository lives: on GitHub Actions, or from the git remote."""
+"""Binder and Colab buttons, when it is known where the repository lives: on GitHub Actions, or from the git remote.
+
+Colab opens a notebook alone, which then installs the package from the address in pyproject.toml: no button where that
+is not this repository (see `make address`).
+"""
 
 import os
 import re
 import subprocess
+import tomllib
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 def _repository() -> str | None:
@@ -15,15 +23,16 @@ def _repository() -> str | None:
 
 def _configure(app, config):
     if repository := _repository():
+        address = f"https://github.com/{repository}"
+        buttons = {"binderhub_url": "https://mybinder.org"}
+        if address == tomllib.loads(PROJECT.read_text())["project"]["urls"]["Repository"]:
+            buttons["colab_url"] = "https://colab.research.google.com"
         config.html_theme_options |= {
-            "repository_url": f"https://github.com/{repository}",
+            "repository_url": address,
             "repository_branch": "main",
             "path_to_docs": "",  # the sources of the notebooks lie in notebooks/, not in book/
             "use_repository_button": True,
-            "launch_buttons": {
-                "binderhub_url": "https://mybinder.org",
-                "colab_url": "https://colab.research.google.com",
-            },
+            "launch_buttons": buttons,
         }
 
 

@@ -17,9 +17,9 @@ import yaml
 from lddyn import InputError
 from lddyn.chapters import statistics
 from lddyn.engine import recorded, released, store
-from lddyn.engine.store import ROOT, Run, frame
+from lddyn.engine.store import BOOK, Run, frame
 
-LEDGER = ROOT / "book" / "claims.yml"
+LEDGER = BOOK / "claims.yml"
 VERDICTS = ("replicated", "partly", "not replicated", "not attempted")
 
 

@@ -13,6 +13,7 @@ its `work` folder.
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import platform
 import resource
@@ -34,7 +35,10 @@ Settings = Any  # a frozen dataclass, or a mapping
 
 
 def git_state() -> dict[str, object]:
-    """Commit of the working tree, and whether it has uncommitted changes."""
+    """Commit of the working tree, and whether it has uncommitted changes; of a package alone, what pip was given."""
+    if not store.CLONE:
+        told = json.loads(importlib.metadata.distribution("lddyn").read_text("direct_url.json") or "{}")
+        return {"commit": told.get("vcs_info", {}).get("commit_id", "")[:7], "dirty": False}
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(store.ROOT), *words], capture_output=True, text=True)

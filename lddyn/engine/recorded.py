@@ -14,7 +14,7 @@ from typing import Any
 
 from lddyn.engine import store
 
-FOLDER = store.ROOT / "book" / "recorded" / "pretrained"
+FOLDER = store.BOOK / "recorded" / "pretrained"
 CARD = FOLDER / "card.json"  # rows of the model card
 SCALE = "pretrained"
 JUDGED = {  # what claims are judged by, of each chapter

@@ -12,7 +12,7 @@ from typing import Any
 
 from lddyn.engine import store
 
-FILE = store.KEPT / "recorded" / "released.json"
+FILE = store.BOOK / "recorded" / "released.json"
 COUNTED = {"03_sft": "sft", "05_dpo": "dpo"}  # the kind of run that a chapter's claims are about
 
 

@@ -18,8 +18,10 @@ from lddyn import InputError, unknown
 
 COLUMNS = ["step", "examples", "prompt_id", "response_type", "metric", "value"]
 PACKAGE = Path(__file__).parents[1]
-ROOT = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").exists() else Path.cwd()
-KEPT = ROOT / "book"  # small tables, as JSON in folders of it
+CLONE = (PACKAGE.parent / "pyproject.toml").exists()  # or the package alone, as pip installs it
+ROOT = PACKAGE.parent if CLONE else Path.cwd()  # where runs and executed notebooks go
+SOURCES = ROOT if CLONE else PACKAGE / "shipped"  # what of the clone the package brings with it (`setup.py`)
+BOOK = SOURCES / "book"  # claims, settings, and small tables as JSON in folders of it
 
 
 class RecordError(RuntimeError):
@@ -33,7 +35,7 @@ class Run(NamedTuple):
 
 
 def runs_root() -> Path:
-    """The folder that holds the runs: `$LDDYN_RUNS`, or `runs/` in the repository."""
+    """The folder that holds the runs: `$LDDYN_RUNS`, or `runs/` in the repository, or here where there is none."""
     return Path(os.environ.get("LDDYN_RUNS", ROOT / "runs"))
 
 
@@ -223,8 +225,8 @@ def keep(path: Path, rows: list[dict[str, object]], runs: Sequence[Run], **more:
 def kept(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     """A table that `keep` wrote, such as `sweeps/trends`, and its origin. Raises `InputError` when there is none."""
     try:
-        content = json.loads((KEPT / f"{name}.json").read_text())
+        content = json.loads((BOOK / f"{name}.json").read_text())
     except OSError:
-        there = [p.relative_to(KEPT).with_suffix("") for p in sorted(KEPT.glob("*/*.json"))]
+        there = [p.relative_to(BOOK).with_suffix("") for p in sorted(BOOK.glob("*/*.json"))]
         raise unknown("kept table", name, there) from None
     return pd.DataFrame(content["rows"]), content["manifest"]

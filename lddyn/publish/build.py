@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from lddyn import InputError, unknown
 from lddyn.chapters import claims
 from lddyn.data import preferences
-from lddyn.engine import pretraining, reach, recorded, store
+from lddyn.engine import pretraining, reach, recorded, settings, store
 from lddyn.publish import notebooks, pages
 from lddyn.workshop import estimate
 
@@ -107,6 +107,7 @@ def _metadata(path: Path) -> dict:
 
 
 def _stamp(path: Path, entry: dict) -> None:
+    """Note in an executed notebook what it was made from, and arrange for the page what a reader does not need."""
     notebook = json.loads(path.read_text())
     notebook["metadata"]["lddyn"] = entry
     notebook["metadata"].pop("papermill", None)  # paths of this machine
@@ -114,7 +115,22 @@ def _stamp(path: Path, entry: dict) -> None:
         if "injected-parameters" in cell["metadata"].get("tags", []):
             cell["metadata"]["tags"].append("remove-cell")
         cell["metadata"].pop("papermill", None)
+    (place,) = (n for n, c in enumerate(notebook["cells"]) if "parameters" in c["metadata"].get("tags", []))
+    notebook["cells"][place]["metadata"]["tags"].append("hide-input")
+    table = {"cell_type": "markdown", "id": "parameters-table", "metadata": {}}
+    notebook["cells"].insert(place, table | {"source": table_of(notebooks.parameters(path).values())})
     store.write_json(path, notebook)
+
+
+def table_of(parameters: Iterable[settings.Parameter]) -> str:
+    """A table of parameters for the page, above the cell that declares them and folded as that is: Markdown."""
+    rows, by_scale = [], "; none: by scale"
+    for p in parameters:
+        default = "by scale" if p.help.endswith(by_scale) else f"`{p.default!r}`"
+        takes = p.allowed if p.allowed.startswith("{") else f"{p.type} {p.allowed}".strip()
+        rows.append((f"`{p.name}`", default, f"`{takes}`", p.help.removesuffix(by_scale).replace("|", r"\|")))
+    table = claims.markdown_table(("parameter", "default", "range", "meaning"), rows)
+    return f"```{{dropdown}} {len(rows)} parameters: name, default, range, meaning\n{table}\n```"
 
 
 # --- rendering ---------------------------------------------------------------------------------------------
@@ -127,6 +143,8 @@ def build(scale: str, force: bool = False) -> int:
     """
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
+    if not store.CLONE:
+        raise InputError("the book needs a clone of the repository; the package alone runs notebooks: lddyn run NAME")
     store.writable(pages.GENERATED / "status.md")
     lock = FileLock(pages.GENERATED / ".lock")
     try:
@@ -148,6 +166,7 @@ def _build(scale: str, force: bool) -> int:
     pages.write_hero(shown)
     pages.write_across(shown)
     pages.write_chapters(shown)
+    pages.write_citation()
     pages.write_scorecard(claims.verdicts(shown))
     pages.write_paper_scale(shown)
     pages.write_status()

@@ -15,7 +15,7 @@ from lddyn import InputError, unknown
 from lddyn.engine import settings, store
 from lddyn.engine.store import ROOT
 
-NOTEBOOKS = ROOT / "notebooks"
+NOTEBOOKS = store.SOURCES / "notebooks"
 
 
 def notebook_path(name: str) -> Path:

@@ -167,6 +167,25 @@ def write_chapters(shown: dict[str, dict]) -> None:
     _write("chapters.md", table=claims.markdown_table(heads, rows))
 
 
+def write_citation() -> None:
+    """How to cite the paper and this companion, for the first page; what `CITATION.cff` says."""
+    about = yaml.safe_load((store.ROOT / "CITATION.cff").read_text())
+    paper = about["preferred-citation"]
+    _write(
+        "citation.md",
+        paper=paper["title"],
+        paper_authors=" and ".join(f"{a['family-names']}, {a['given-names']}" for a in paper["authors"]),
+        conference=paper["conference"]["name"],
+        year=paper["year"],
+        url=paper["url"],
+        title=about["title"],
+        authors=" and ".join(a["name"] for a in about["authors"]),
+        version=about["version"],
+        date=about["date-released"],
+        repository=about["repository-code"],
+    )
+
+
 def write_status() -> None:
     """The page with what was run, when, for how long and whether it is still fresh."""
     rows = [

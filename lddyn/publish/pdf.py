@@ -18,7 +18,8 @@ PAPER = {
     "outline": True,
     "tagged": True,
 }
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ON_MACOS = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", ON_MACOS)
 
 
 def write(out: Path) -> Path:

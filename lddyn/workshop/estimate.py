@@ -20,7 +20,7 @@ import yaml
 from lddyn import InputError, first_line, hub_or_cache
 from lddyn.engine import pretraining, probes, store
 
-ARCHITECTURES = store.ROOT / "book" / "settings" / "architectures.yml"
+ARCHITECTURES = store.BOOK / "settings" / "architectures.yml"
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
 STATES = {"adamw": 2, "rmsprop": 1, "sgd": 0}  # copies of the trained weights that an optimiser keeps

@@ -19,7 +19,7 @@ from lddyn.engine import cache, models, pretraining, recipe, store, training
 from lddyn.engine.settings import choose, derive, parse_all, read_cell, read_yaml
 from lddyn.workshop import estimate, tune
 
-FILES = store.ROOT / "book" / "settings"
+FILES = store.BOOK / "settings"
 PARAMETERS = read_cell(
     """
 scale: str = "laptop"  # {smoke, laptop, paper} gives every value below that is none

@@ -99,7 +99,7 @@ def _parquet(path: Path) -> pd.DataFrame:
 @cache
 def commits() -> dict[str, str]:
     """Of logs in a table without commits, one that has the file: `repository run` -> commit (book/recorded)."""
-    listed = json.loads((store.KEPT / "recorded" / "released_commits.json").read_text())
+    listed = json.loads((store.BOOK / "recorded" / "released_commits.json").read_text())
     return {
         f"{repository} {run}": commit
         for repository, of in listed.items()

@@ -26,7 +26,7 @@ from lddyn.chapters import claims
 from lddyn.engine import cache, pool, settings, store
 from lddyn.workshop import estimate, launch, report, tune
 
-FOLDER = store.ROOT / "book" / "sweeps"
+FOLDER = store.BOOK / "sweeps"
 ENGINES = ("processes", "dask", "submitit")
 KEYS = ("title", "settings", "set", "over", "statistics")
 SHOWN = ("chosen", "other_train", "rejected", "other_test", "unrelated")  # changes that every table has

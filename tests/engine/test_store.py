@@ -14,7 +14,7 @@ MANIFEST = {
 
 
 def test_a_recorded_table_comes_back_with_its_origin(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "KEPT", tmp_path)
+    monkeypatch.setattr(store, "BOOK", tmp_path)
     (tmp_path / "recorded").mkdir()
     runs = [Run(store.ROOT / f"run-{seed}", None, MANIFEST | {"parameters": {"seed": seed}}) for seed in (4, 2)]
     store.keep(tmp_path / "recorded" / "small.json", [{"seed": 4, "value": 0.5}, {"seed": 2, "value": -0.5}], runs)

@@ -12,10 +12,11 @@ from urllib.parse import urldefrag, urljoin
 import pytest
 
 from lddyn.engine.store import ROOT
+from lddyn.publish import pdf
 
 pytestmark = pytest.mark.browser
 HTML = ROOT / "book" / "_build" / "html"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, pdf.BROWSERS)), None)
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -85,6 +86,9 @@ def test_page(site, browser, path, width):
     for mark in (r"\$\$", r"\\\(", r"\{glue", r"```", r":::", r"\{cite"):
         assert not re.search(mark, text) or re.search(mark, code), f"raw markup {mark} on the page"
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+    page.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true; })")
+    wide = "[...document.querySelectorAll('article pre')].filter(e => e.scrollWidth > e.clientWidth + 1)"
+    assert page.evaluate(f"{wide}.map(e => e.innerText)") == [], "lines are cut off"
     page.close()
 
 

@@ -5,12 +5,19 @@ from pkgutil import resolve_name
 
 import pytest
 
+from lddyn.__main__ import COMMANDS
 from lddyn.engine.store import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "book").glob("*.md"))]
 PAGES += [*sorted((ROOT / "book" / "templates").glob("*.md")), ROOT / "book" / "claims.yml"]
 ROOMS = dict.fromkeys(("influence", "losses", "kernels", "first_order", "logprobs", "softmax"), "theory")
 ROOMS |= {"statistics": "chapters", "responses": "data"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_on_a_page_are_there(page):
+    called = re.findall(r"(?:^    |`|-m )lddyn ([a-z]+)", page.read_text(), re.M)
+    assert set(called) <= COMMANDS.keys()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

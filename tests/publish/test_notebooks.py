@@ -166,6 +166,23 @@ def test_a_strict_build_refuses_what_a_library_printed(tmp_path, monkeypatch, ce
     assert found in problem and not out.exists() and (tmp_path / "n.failed.ipynb").exists()
 
 
+def test_the_page_has_a_table_of_the_parameters_above_their_folded_cell(tmp_path, monkeypatch):
+    more = ["lr: float | None = None  # (0, 1] learning rate; none: by scale", 'log: str = ""  # a|b']
+    source = notebook(tmp_path / "source" / "n.ipynb", "print(lr)", parameters="\n".join([SCALE, *more]))
+    out = tmp_path / "n.ipynb"
+    monkeypatch.setattr(notebooks, "notebook_path", lambda name: source)
+    assert build._execute("n", out, "smoke", "fingerprint") is None
+    cells = json.loads(out.read_text())["cells"]
+    assert [cell["metadata"].get("tags", []) for cell in cells] == [
+        [], ["parameters", "hide-input"], ["injected-parameters", "remove-cell"], [],
+    ]  # fmt: skip
+    assert cells[0]["source"].splitlines()[3:-1] == [
+        "| `scale` | `'smoke'` | `{smoke}` | the one dial |",
+        "| `lr` | by scale | `float (0, 1]` | learning rate |",
+        "| `log` | `''` | `str` | a\\|b |",
+    ]
+
+
 def test_a_caution_of_ours_is_shown_as_one_and_a_clean_notebook_passes(tmp_path, monkeypatch):
     lines = ["import warnings", "from lddyn import Caution", "from lddyn.publish import display", "display.begin()"]
     lines += ["warnings.warn('3 <rows>', Caution)"]

@@ -23,6 +23,7 @@ def test_every_template_becomes_a_page_without_gaps(generated, monkeypatch):
     monkeypatch.setattr(across, "carried_over", lambda *_: pd.DataFrame({"digits": [2.0], "language model": [2.0]}))
     monkeypatch.setattr(across, "ways_to_soften", lambda *_: ends)
     pages.write_chapters(shown)
+    pages.write_citation()
     pages.write_across(shown)
     pages.write_scorecard(claims.verdicts({}))
     pages.write_status()
