@@ -28,6 +28,7 @@ def test_every_template_becomes_a_page_without_gaps(generated, monkeypatch):
     pages.write_scorecard(claims.verdicts({}))
     pages.write_status()
     pages.write_data_card()
+    pages.write_model_card()
     pages.write_bench()
     pages.write_sweeps()
     templates = sorted(path.name for path in (pages.BOOK / "templates").iterdir())
