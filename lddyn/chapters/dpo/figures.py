@@ -117,7 +117,7 @@ def sft_before_dpo(ends: pd.DataFrame) -> Figure:
         band(ax, wide.columns, wide.to_numpy(), color, kind, linestyle=line, marker="o", markersize=4)
     ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     ax.set(xlabel="epochs of SFT before DPO", ylabel="end change in DPO (nats)")
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # the lines fill the panel
     return fig
 
 

@@ -256,6 +256,7 @@ def align(work: Path, s: Align) -> pd.DataFrame:
     kinds = MEASURE[s.measure]
     initial = models.read(s.model, device=s.device, dtype=s.dtype)[0] if "chosen_initial" in kinds else None
     probed = recipe.probe_set(initial, tokenizer, examples, test_set, s, kinds)
+    del initial  # as large as the model, and not needed in training
     texts = ([e[field] for e in examples] for field in ("prompt", "chosen", "rejected"))
     rows = dpo_rows(tokenizer, *texts, **lengths(s))
     steps = int(-(-len(rows) // s.batch_size) * s.epochs)
