@@ -5,7 +5,7 @@ At the end how they, and other tables of pages, become text.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from html import escape
 from importlib import import_module
@@ -20,7 +20,7 @@ from lddyn.engine import recorded, released, store
 from lddyn.engine.store import BOOK, Run, frame
 
 LEDGER = BOOK / "claims.yml"
-VERDICTS = ("replicated", "partly", "not replicated", "not attempted")
+VERDICTS = ("replicated", "partly", "contradicted", "undecided", "not attempted")
 
 
 @cache
@@ -132,9 +132,9 @@ def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
 def verdicts(published: Mapping[str, dict]) -> list[dict]:
     """A verdict for each claim. `published` maps a chapter to `{"scale": ..., "runs": [Run, ...]}`.
 
-    Replicated: every part holds. Not replicated: none does. Partly: some do. A part is measured in its own `chapter`,
+    The verdict is that of its parts (`word`). A part is measured in its own `chapter`,
     or in the claim's; parts whose chapter has no record are left out, and the reason names the chapter. A claim with a
-    `sweep` is measured in that recorded table instead. Not attempted: no part is measured.
+    `sweep` is measured in that recorded table instead. `grade`: what stands behind it (`grade`).
     """
     tables = cache(lambda chapter: by_seed(published[chapter]["runs"]))
     return [_verdict_of_sweep(entry) if "sweep" in entry else _verdict(entry, published, tables) for entry in ledger()]
@@ -154,9 +154,7 @@ def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
         for part in wanted
         if part["chapter"] in published
     ]
-    held = sum(part["outcome"] == "holds" for part in judged)
-    found = [part for part in judged if part["ours"] is not None]
-    verdict = VERDICTS[3] if not found else VERDICTS[0] if held == len(judged) else VERDICTS[1 if held else 2]
+    any_measured = any(part["ours"] is not None for part in judged)
     commands = [f"sweep book/sweeps/{entry['sweep']}.yml" if "sweep" in entry else f"run {name}" for name in missing]
     reasons = [sentence(part) for part in judged] + [f"no record: python -m lddyn {words}" for words in commands]
     return {
@@ -165,7 +163,8 @@ def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
         "interval": judged[0]["interval"] if judged else None,
         "seeds": judged[0]["seeds"] if judged else 0,
         "scale": published[judged[0]["chapter"]]["scale"] if judged else None,
-        "verdict": verdict,
+        "verdict": word([part["outcome"] for part in judged] if any_measured else []),
+        "grade": grade(entry, published[judged[0]["chapter"]]["scale"]) if judged else None,
         "parts": judged,
         "released": of_logs(entry),
         "reason": "; ".join(reasons) or "no experiment of this companion tests it yet",
@@ -175,19 +174,39 @@ def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
 def of_logs(entry: Mapping, logs: Mapping | None = None) -> dict | None:
     """A claim judged on the authors' released logs, `verdict` and `parts` (`released.judge`); None where none can tell.
 
-    Replicated: every part that a log can tell holds in every run that can; not replicated: no part in any; else partly.
+    Replicated: every part that a log can tell holds in every run that can; contradicted: no part in any; else partly.
     """
     judged = [released.judge(p, *_rule(p["holds"], p["says"]), logs) for p in parts(entry)]
     told = [part for part in judged if part]
     outcomes = {part["outcome"] for part in told}
-    verdict = VERDICTS[0] if outcomes == {"holds"} else VERDICTS[2] if outcomes == {"fails"} else VERDICTS[1]
-    return {"verdict": verdict, "parts": told, "of": len(judged)} if told else None
+    return {"verdict": word(outcomes), "parts": told, "of": len(judged)} if told else None
 
 
 def logs_sentence(found: Mapping) -> str:
     """A result of `of_logs` in words, without its verdict."""
     some = f"({len(found['parts'])} of {found['of']} parts) " if len(found["parts"]) < found["of"] else ""
     return some + "; ".join(released.sentence(part) for part in found["parts"])
+
+
+def word(outcomes: Collection[str]) -> str:
+    """The verdict on a claim from the outcomes of its parts.
+
+    Replicated: all hold. Contradicted: some fail and none holds. Undecided: none holds and none fails. Partly: else.
+    """
+    if not outcomes:
+        return "not attempted"
+    if set(outcomes) == {"holds"}:
+        return "replicated"
+    if "holds" in outcomes or "mixed" in outcomes:
+        return "partly"
+    return "contradicted" if "fails" in outcomes else "undecided"
+
+
+def grade(entry: Mapping, scale: str) -> str:
+    """What stands behind a verdict: an identity (all parts are exact: a theorem, a check of code), or which model."""
+    if all(part.get("exact") for part in parts(entry)):
+        return "identity"
+    return "real model" if scale == recorded.SCALE else "small model"
 
 
 def sentence(part: Mapping) -> str:
@@ -198,7 +217,9 @@ def sentence(part: Mapping) -> str:
 
 def on_real_model() -> list[dict]:
     """The claims of which something is measured in the recorded runs on the real model, judged there."""
-    return [e for e in verdicts(recorded.published()) if e["scale"] == recorded.SCALE and e["verdict"] != VERDICTS[3]]
+    return [
+        e for e in verdicts(recorded.published()) if e["scale"] == recorded.SCALE and e["verdict"] != "not attempted"
+    ]
 
 
 def measured(entries: Iterable[Mapping], chapter: str) -> list[dict]:
@@ -240,7 +261,7 @@ def as_html(
     rows, of_real = "", {e["id"]: e for e in real or []}
     for e in entries:
         ours = "<br>".join(escape(sentence(part)) for part in e["parts"]) or escape(e["reason"])
-        if e.get("why") and e["verdict"] in ("partly", "not replicated"):
+        if e.get("why") and e["verdict"] not in ("replicated", "not attempted"):
             ours += f'<br><em class="why">{escape(e["why"])}</em>'
         where = links(e) if links else ""
         link = f' <a href="{escape(where)}">figure</a>' if where else ""
@@ -269,8 +290,8 @@ def _real_cell(entry: Mapping | None) -> str:
     """The verdict on the real model with its parts."""
     if entry is None or not entry["parts"]:
         return "<td>-</td>"
-    of = len(parts(ledger()[entry["id"] - 1]))
-    return f"<td>{_judged_cell(entry['verdict'], entry['parts'], of, sentence)}</td>"
+    of, told = len(parts(ledger()[entry["id"] - 1])), [part for part in entry["parts"] if part["ours"] is not None]
+    return f"<td>{_judged_cell(entry['verdict'], told, of, sentence)}</td>"
 
 
 def _judged_cell(verdict: str, judged: Sequence[Mapping], of: int, words: Callable[[Mapping], str]) -> str:

@@ -90,21 +90,24 @@ def write_across(shown: dict[str, dict]) -> None:
 def write_scorecard(entries: list[dict]) -> None:
     """The page with every claim and its verdict at three scales, and a summary of them."""
     real = claims.on_real_model()
-    by_verdict = {v: [e for e in entries if e["verdict"] == v] for v in claims.VERDICTS}
+    identities = [e for e in entries if e["grade"] == "identity"]
+    by_verdict = {v: [e for e in entries if e["verdict"] == v and e not in identities] for v in claims.VERDICTS}
     on_real = {v: [e for e in real if e["verdict"] == v] for v in claims.VERDICTS}
     on_logs = {v: [e for e in entries if e["released"] and e["released"]["verdict"] == v] for v in claims.VERDICTS}
-    on_logs[claims.VERDICTS[3]] = [e for e in entries if not e["released"]]
+    on_logs["not attempted"] = [e for e in entries if not e["released"]]
 
     def numbers(those: list[dict]) -> str:
         return ", ".join(str(e["id"]) for e in those) or "-"
 
     def cells(those: list[dict], verdict: str) -> tuple[int, str]:
-        return len(those), numbers(those) if verdict != claims.VERDICTS[3] else ""
+        return len(those), numbers(those) if verdict != "not attempted" else ""
 
     _write(
         "scorecard.md",
         count=len(entries),
         counts=", ".join(f"{len(those)} {v}" for v, those in by_verdict.items()),
+        identities=numbers(identities),
+        checked=f"{sum(e['verdict'] == 'replicated' for e in identities)} of {len(identities)}",
         scales=", ".join(sorted({e["scale"] for e in entries if e["scale"]})) or "none",
         summary=claims.markdown_table(
             ("verdict", "small model and digits", "numbers", "SmolLM2-135M", "numbers", "released logs", "numbers"),

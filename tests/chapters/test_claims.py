@@ -114,10 +114,34 @@ def test_a_claim_without_records_is_not_attempted_and_says_what_to_run():
     assert entry["verdict"] == "not attempted" and entry["reason"].startswith("no record: python -m lddyn run 01_mnist")
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "verdict"),
+    [
+        (["holds", "holds"], "replicated"),
+        (["holds", "undecided"], "partly"),
+        (["holds", "fails"], "partly"),
+        (["fails", "undecided"], "contradicted"),
+        (["undecided", "undecided"], "undecided"),
+        (["mixed", "fails"], "partly"),
+        ([], "not attempted"),
+    ],
+)
+def test_a_claim_is_contradicted_only_where_a_part_fails(outcomes, verdict):
+    assert claims.word(outcomes) == verdict
+
+
+def test_an_identity_is_a_claim_of_which_every_part_is_exact():
+    graded = [claims.grade(entry, "laptop") for entry in claims.ledger()]
+    assert [entry["id"] for entry, found in zip(claims.ledger(), graded, strict=True) if found == "identity"] == [
+        2, 3, 4, 5, 6, 7, 8, 9,
+    ]  # fmt: skip
+    assert claims.grade(claims.ledger()[19], "pretrained") == "real model"
+
+
 def test_json_has_the_promised_fields(capsys):
     assert main(["claims", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)
-    promised = {"id", "claim", "source", "paper", "ours", "interval", "seeds", "scale", "verdict", "reason"}
+    promised = {"grade", "id", "claim", "source", "paper", "ours", "interval", "seeds", "scale", "verdict", "reason"}
     assert len(entries) == 49 and all(promised <= entry.keys() for entry in entries)
     assert {entry["verdict"] for entry in entries} <= set(claims.VERDICTS)
 
@@ -155,6 +179,6 @@ def test_a_part_may_be_measured_in_another_chapter_and_the_scorecard_joins_them(
     one = {"scale": "smoke", "runs": runs_with([0.1, 0.1, 0.1])}
     other = one | {"runs": [r._replace(table=r.table.assign(metric="lbk_share")) for r in one["runs"]]}
     (alone,) = claims.verdicts({"02_decomposition": other})
-    assert alone["verdict"] == "not replicated" and "no record: python -m lddyn run 01_mnist" in alone["reason"]
+    assert alone["verdict"] == "contradicted" and "no record: python -m lddyn run 01_mnist" in alone["reason"]
     (both,) = claims.verdicts({"01_mnist": one, "02_decomposition": other})
     assert both["verdict"] == "partly" and [p["chapter"] for p in both["parts"]] == ["01_mnist", "02_decomposition"]
