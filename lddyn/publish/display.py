@@ -56,7 +56,7 @@ def real_model(chapter: str, results: Results) -> str:
     """The verdicts of a chapter's recorded runs on the real model, and how they agree with those above, as HTML."""
     runs, entries = recorded.published()[chapter]["runs"], claims.measured(claims.on_real_model(), chapter)
     said = escape(claims.agreement(results.verdicts(), entries))
-    table = claims.as_html(entries, here="SmolLM2-135M")
+    table = claims.as_html((e | {"why": None} for e in entries), here="SmolLM2-135M")  # `why` is about the small model
     return f"<p>{said}</p>{table}{provenance(store.origin(runs), recorded.SCALE)}"
 
 
@@ -69,6 +69,16 @@ def table(frame: pd.DataFrame, digits: int = 3, index: bool = True) -> str:
     """A data frame as HTML with escaped text and rounded numbers."""
     html = frame.to_html(float_format=lambda v: f"{v:.{digits}g}", border=0, index=index)
     return f'<div class="scroll">{html}</div>'
+
+
+def answers(frame: pd.DataFrame) -> str:
+    """Texts that a model wrote, one row a prompt, as HTML: escaped, and with their own line breaks."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("question", *frame.columns))
+    rows = "".join(
+        f"<tr><th>{escape(prompt)}</th>{''.join(f'<td>{escape(text.strip())}</td>' for text in texts)}</tr>"
+        for prompt, *texts in frame.itertuples()
+    )
+    return f'<div class="scroll answers"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def tokens(table: pd.DataFrame, value: str, limit: float) -> str:

@@ -82,7 +82,8 @@ def test_page(site, browser, path, width):
     raw = page.evaluate("[...document.querySelectorAll('.math')].filter(e => !e.querySelector('mjx-container')).length")
     assert raw == 0, "maths was not typeset"
     text = page.locator("article").inner_text()
-    code = " ".join(page.locator("article pre, article code").all_inner_texts())
+    # and what a model wrote
+    code = " ".join(page.locator("article pre, article code, article .answers").all_inner_texts())
     for mark in (r"\$\$", r"\\\(", r"\{glue", r"```", r":::", r"\{cite"):
         assert not re.search(mark, text) or re.search(mark, code), f"raw markup {mark} on the page"
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
