@@ -269,7 +269,8 @@ def as_html(
             f'<tr data-verdict="{e["verdict"]}" data-chapter="{e["chapter"] or "none"}"><td>{e["id"]}</td>'
             f"<td>{escape(e['claim'])}<br><small>{escape(e['source'])}{link}</small></td>"
             f"<td>{escape(e['paper'])}</td><td>{_logs_cell(e)}</td><td>{ours}</td>"
-            f'<td class="verdict {e["verdict"].replace(" ", "-")}">{e["verdict"]}</td>'
+            f'<td class="verdict {e["verdict"].replace(" ", "-")}">{e["verdict"]}'
+            f"<br><small>{e.get('grade') or ''}</small></td>"
         )
         rows += ("" if real is None else _real_cell(of_real.get(e["id"]))) + "</tr>"
     heads = ("#", "claim", "the paper", "released logs", here, "verdict", *([] if real is None else ["SmolLM2-135M"]))
