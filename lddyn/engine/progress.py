@@ -2,6 +2,7 @@
 
 import logging
 import time
+from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -27,10 +28,14 @@ def moved(probed: ProbeCallback) -> str:
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]  # mypy does not follow transformers
-    """Say every minute where a training is, how long it still takes, and how far log pi has moved."""
+    """Say every minute where a training is, how long it still takes, and how far log pi has moved.
 
-    def __init__(self, name: str, probed: ProbeCallback, every: float = 60.0):
-        self.name, self.probed, self.every = name, probed, every
+    `work`: its folder, somewhere in that of a run, by which it is called.
+    """
+
+    def __init__(self, work: Path, probed: ProbeCallback, every: float = 60.0):
+        of_run = (folder for folder in work.parents if (folder / "manifest.json").exists())
+        self.name, self.probed, self.every = next(of_run, work).name, probed, every
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object

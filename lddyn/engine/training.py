@@ -256,7 +256,7 @@ def train(
         "model": model,
         "processing_class": tokenizer,
         "train_dataset": rows,
-        "callbacks": [callback, Progress(work.parent.name, callback)],
+        "callbacks": [callback, Progress(work, callback)],
     }
     with pairs.shared(model, _extremes(rows)) if how.method == "dpo" else contextlib.nullcontext():
         if how.method == "sft":

@@ -75,15 +75,16 @@ def test_each_run_is_told_as_soon_as_it_is_there(tmp_path, monkeypatch):
     assert [r.folder for r in told] == [runs[0].folder, *(r.folder for r in after)]
 
 
-def test_progress_says_where_a_training_is_and_how_far_it_has_moved(caplog):
+def test_progress_says_where_a_training_is_and_how_far_it_has_moved(caplog, tmp_path):
+    (tmp_path / "manifest.json").touch()
     parts = [
         store.long([(step, step, "train/a", "chosen", "logp_sum", value)]) for step, value in ((0, -9.0), (5, -4.0))
     ]
-    progress = Progress("run", SimpleNamespace(parts=parts), every=0.0)
+    progress = Progress(tmp_path / "work" / "sft", SimpleNamespace(parts=parts), every=0.0)
     state = SimpleNamespace(global_step=0, max_steps=10, is_world_process_zero=True)
     progress.on_train_begin(None, state, None)
     state.global_step = 5
     with caplog.at_level(logging.INFO, logger="lddyn"):
         progress.on_step_end(None, state, None)
     (line,) = caplog.messages
-    assert line.startswith("run: step 5 of 10, ") and line.endswith("nats: chosen +5.0")
+    assert line.startswith(f"{tmp_path.name}: step 5 of 10, ") and line.endswith("nats: chosen +5.0")
