@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import sys
 import threading
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,14 @@ SHAPES = {
     "opt": {"ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 32},
 }
 TEXT = "Question: Which test compares the means of two groups?\nAnswer: Use the two-sample test, which compares means. "
+
+
+@pytest.fixture(autouse=True)
+def _figures_are_closed():
+    """pyplot keeps every figure, and warns when there are many, in whichever test comes then."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from lddyn import InputError, unknown
-from lddyn.engine import pairs, store
+from lddyn.engine import models, pairs, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import Model, ProbeSet, Tokenizer
 from lddyn.engine.probes import head_sees
@@ -112,7 +112,11 @@ class PairLoss(TokenisedDPO):
         labels = inputs["input_ids"].masked_fill(answers == 0, -100)
         text = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
         chosen, rejected = model(**text, use_cache=False, fused_lm_head=True).log_probs.sum(1).chunk(2)  # (batch,) each
-        reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        if self.precompute_ref_logps:
+            reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:
+            with torch.no_grad():
+                reference = self.ref_model(**text, use_cache=False, fused_lm_head=True).log_probs.sum(1).chunk(2)
         margin = self.beta * losses.margin(chosen.detach(), rejected.detach(), *reference)
         self._metrics["train"]["rewards/margins"].append(margin.mean().item())
         lengths = dict(zip(("chosen_length", "rejected_length"), answers.sum(1).chunk(2), strict=True))
@@ -263,9 +267,13 @@ def train(
             trainer = SFT_LOSSES[how.loss](args=SFTConfig(**common), **parts)
         else:
             _lean_head(model.get_output_embeddings().weight.shape[0])
-            # before the first step, when the model is its own reference: no second one in memory, and each pair once
-            common |= {"beta": how.beta, "precompute_ref_log_probs": True}
-            trainer = _pair_trainer(common, how.loss, dict(how.options or {}), parts | {"ref_model": reference})
+            # Alone, before the first step, when the model is its own reference: no second one in memory, and each pair
+            # once. Processes that train together have a copy: what TRL would read is where the model once came from,
+            # and what it computes beforehand lies where the other processes do not look.
+            alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+            common |= {"beta": how.beta, "precompute_ref_log_probs": alone}
+            parts["ref_model"] = models.snapshot(model) if reference is None and not alone else reference
+            trainer = _pair_trainer(common, how.loss, dict(how.options or {}), parts)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     if callback.stopped:

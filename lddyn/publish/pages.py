@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from string import Template
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import yaml
 from docutils.nodes import make_id
@@ -65,6 +66,7 @@ def _draw(name: str, figure: Figure) -> None:
     store.write_atomically(
         GENERATED / name, lambda path: figure.savefig(path, format="svg", metadata={"Date": None}, bbox_inches="tight")
     )
+    plt.close(figure)
 
 
 def write_hero(shown: dict[str, dict]) -> None:

@@ -102,9 +102,9 @@ def tune(work: Path, s: Tune) -> pd.DataFrame:
     callback = ProbeCallback(probed, at=at, **lengths(s), batch_tokens=s.probe_tokens)
     how = derive(Training, s, batch_size=one_pass, checkpoints=4 * world)
     reference = None
-    # TRL would read it again from where the model once came from
-    reference = models.snapshot(lm) if sharded() and s.method == "dpo" else None
+    reference = None
     if s.lora:
+        reference = models.snapshot(lm) if s.method == "dpo" and world > 1 else None
         lm = with_adapters(lm, s.lora, s.seed)
     log = train(work, lm, tokenizer, rows, callback, how, reference)
     finished = lm.merge_and_unload() if s.lora else models.whole(lm)
