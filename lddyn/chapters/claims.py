@@ -215,11 +215,9 @@ def sentence(part: Mapping) -> str:
     return f"{part['says']}: {found}, rule {part['holds']}: {part['outcome']}"
 
 
-def on_real_model() -> list[dict]:
-    """The claims of which something is measured in the recorded runs on the real model, judged there."""
-    return [
-        e for e in verdicts(recorded.published()) if e["scale"] == recorded.SCALE and e["verdict"] != "not attempted"
-    ]
+def on_real_model(published: Mapping[str, dict]) -> list[dict]:
+    """The claims of which something is measured in runs on the real model (`recorded.published`), judged there."""
+    return [e for e in verdicts(published) if e["scale"] == recorded.SCALE and e["verdict"] != "not attempted"]
 
 
 def measured(entries: Iterable[Mapping], chapter: str) -> list[dict]:

@@ -45,8 +45,7 @@ def converted(model: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            parts = read(path)
-            store.write_folder(folder, lambda p: [part.save_pretrained(p) for part in parts])
+            store.write_pretrained(folder, *read(path))
     return folder
 
 

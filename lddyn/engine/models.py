@@ -210,4 +210,4 @@ def builtin(size: str = "small", seed: int = 0) -> Path:
 
 def save(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
     """Save a finished model as safetensors, with its tokenizer, in one step."""
-    store.write_folder(folder, lambda p: [part.save_pretrained(p) for part in (model, tokenizer)])
+    store.write_pretrained(folder, model, tokenizer)

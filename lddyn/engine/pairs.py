@@ -32,17 +32,17 @@ def pack(ids: Tensor, mask: Tensor) -> Packed:
     length_a, length_b = in_a.sum(1, keepdim=True), in_b.sum(1, keepdim=True)
     width = int((length_a + length_b - shared).max())
     at = torch.arange(ids.shape[1], device=ids.device).expand_as(a)  # (pairs, tokens)
-    place_b = torch.where(at < shared, at, length_a + at - shared)
+    place_a = torch.where(in_a, at, 0)
+    place_b = torch.where(in_b, torch.where(at < shared, at, length_a + at - shared), 0)
     row = torch.arange(width, device=ids.device).expand(len(a), width)  # (pairs, L)
     of_b = row >= length_a  # the rest of the second text
     positions = torch.where(of_b, row - length_a + shared, row)
     packed = torch.zeros_like(row)
-    packed.scatter_(1, torch.where(in_a, at, 0), torch.where(in_a, a, a[:, :1]))
-    packed.scatter_(1, torch.where(in_b, place_b, 0), torch.where(in_b, b, a[:, :1]))
+    for text, inside, place in ((a, in_a, place_a), (b, in_b, place_b)):
+        packed.scatter_(1, place, torch.where(inside, text, a[:, :1]))  # padding writes what is at 0 anyway
     query, key = row.unsqueeze(2), row.unsqueeze(1)  # (pairs, L, 1), (pairs, 1, L)
     sees = (key <= query) & ((key < shared.unsqueeze(2)) | (of_b.unsqueeze(1) == of_b.unsqueeze(2)))
-    place = torch.cat([torch.where(in_a, at, 0), torch.where(in_b, place_b, 0)])
-    return Packed(packed, positions, sees, place)
+    return Packed(packed, positions, sees, torch.cat([place_a, place_b]))
 
 
 @contextmanager

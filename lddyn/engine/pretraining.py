@@ -141,7 +141,7 @@ def pretrain(
                 print(f"pre-training: step {done} of {steps}, {rows[-1][-1]:.2f} nats per token", file=sys.stderr)
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "rows": rows}
             store.write_atomically(checkpoint, partial(torch.save, states))
-    store.write_folder(work.parent / "model", lambda p: [part.save_pretrained(p) for part in (model, tokenizer)])
+    store.write_pretrained(work.parent / "model", model, tokenizer)
     return store.long(rows)
 
 
@@ -178,7 +178,7 @@ def _tokenizer(folder: Path, texts: Sequence[str], vocab: int) -> probe_set.Toke
         )
         bpe.train_from_iterator(sorted(texts), trainer)
         fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=PAD)
-        store.write_folder(folder, fast.save_pretrained)
+        store.write_pretrained(folder, fast)
     return AutoTokenizer.from_pretrained(folder)
 
 

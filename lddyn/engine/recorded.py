@@ -65,9 +65,9 @@ def read(chapter: str, *groups: str) -> list[store.Run]:
     return sorted(wide, key=lambda run: (run.manifest["parameters"]["seed"], run.folder.name))
 
 
-def published() -> dict[str, dict[str, Any]]:
-    """What claims are judged by on the real model: chapter -> scale and runs, as far as they are kept."""
-    found = {chapter: read(chapter, *groups) for chapter, groups in JUDGED.items()}
+def published(*chapters: str) -> dict[str, dict[str, Any]]:
+    """What claims are judged by on the real model, of some chapters or all: chapter -> scale and runs that are kept."""
+    found = {chapter: read(chapter, *JUDGED[chapter]) for chapter in chapters or JUDGED}
     return {chapter: {"scale": SCALE, "runs": runs} for chapter, runs in found.items() if runs}
 
 

@@ -83,6 +83,11 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     os.replace(temporary, folder)
 
 
+def write_pretrained(folder: Path, *parts: Any) -> None:
+    """Save a model as safetensors, a tokenizer, or both into a folder, in one step."""
+    write_folder(folder, lambda place: [part.save_pretrained(place) for part in parts])
+
+
 def write_json(path: Path, content: object) -> None:
     """Write indented JSON atomically."""
     write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))

@@ -53,8 +53,9 @@ class Results:
 
 
 def real_model(chapter: str, results: Results) -> str:
-    """The verdicts of a chapter's recorded runs on the real model, and how they agree with those above, as HTML."""
-    runs, entries = recorded.published()[chapter]["runs"], claims.measured(claims.on_real_model(), chapter)
+    """The verdicts of a chapter's recorded runs on the real model alone, and how they agree with `results`, as HTML."""
+    published = recorded.published(chapter)
+    entries, runs = claims.on_real_model(published), published[chapter]["runs"]
     said = escape(claims.agreement(results.verdicts(), entries))
     table = claims.as_html((e | {"why": None} for e in entries), here="SmolLM2-135M")  # `why` is about the small model
     return f"<p>{said}</p>{table}{provenance(store.origin(runs), recorded.SCALE)}"

@@ -91,7 +91,7 @@ def write_across(shown: dict[str, dict]) -> None:
 
 def write_scorecard(entries: list[dict]) -> None:
     """The page with every claim and its verdict at three scales, and a summary of them."""
-    real = claims.on_real_model()
+    real = claims.on_real_model(recorded.published())
     identities = [e for e in entries if e["grade"] == "identity"]
     by_verdict = {v: [e for e in entries if e["verdict"] == v and e not in identities] for v in claims.VERDICTS}
     on_real = {v: [e for e in real if e["verdict"] == v] for v in claims.VERDICTS}

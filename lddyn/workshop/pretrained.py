@@ -85,12 +85,12 @@ def card() -> list[dict]:
     return rows
 
 
-def make(names: Sequence[str], given: Mapping[str, object], keep: bool) -> list[str]:
-    """Compute the pieces with these names, or all, and compare each run with the one that is kept; a line for each.
+def make(names: Sequence[str], given: Mapping[str, object], keep: bool) -> None:
+    """Compute the pieces with these names, or all, and print how far each run is from the one that is kept.
 
     With `keep` it takes its place. Raises `InputError` for an unknown piece.
     """
-    known, lines = pieces(given), []
+    known = pieces(given)
     for name in names:
         if name not in known:
             raise unknown("piece", name, known)
@@ -99,12 +99,9 @@ def make(names: Sequence[str], given: Mapping[str, object], keep: bool) -> list[
         if run.manifest["function"].endswith(":stages"):  # they bring weights, and little to see
             return
         minutes, apart = run.manifest["seconds"] / 60, recorded.compare(run, *piece.split("/"))
-        line = f"{piece}/{run.folder.name}: {minutes:.1f} min, {apart}"
-        print(line, flush=True)
-        lines.append(line)
+        print(f"{piece}/{run.folder.name}: {minutes:.1f} min, {apart}", flush=True)
         if keep:
             recorded.write(run, *piece.split("/"))
 
     for piece in names or known:
         known[piece](lambda run, piece=piece: told(piece, run))
-    return lines
