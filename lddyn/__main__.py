@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     book = commands.add_parser("book", help="execute every stale notebook and build the book")
     book.add_argument("--scale", default="laptop")
     book.add_argument("--force", action="store_true", help="execute fresh notebooks too")
+    book.add_argument("--strict", action="store_true", help="fail where a text says what its table does not")
 
     pdf = commands.add_parser("pdf", help="print the built book to one PDF (needs Chromium)")
     pdf.add_argument("--out", type=Path, default=store.ROOT / "book" / "_build" / "companion.pdf")
@@ -175,7 +176,7 @@ def _rephrase(a) -> int:
 
 def _book(a) -> int:
 
-    return build.build(a.scale, a.force)
+    return build.build(a.scale, a.force, a.strict)
 
 
 def _pdf(a) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from lddyn import InputError
 from lddyn.__main__ import main
-from lddyn.chapters import claims, statistics
+from lddyn.chapters import claims, sentences, statistics
 from lddyn.engine import store
 from lddyn.engine.store import Run
 from lddyn.workshop import report
@@ -27,7 +27,7 @@ def test_every_claim_of_the_paper_is_listed_once_and_in_order():
 
 def test_every_statistic_has_a_docstring_that_says_what_it_is():
     parts = [part for claim in claims.ledger() for part in claims.parts(claim)]
-    assert all(claims.statistic(part["chapter"], part["statistic"]).__doc__ for part in parts)
+    assert all(sentences.statistic(part["chapter"], part["statistic"]).__doc__ for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -182,3 +182,11 @@ def test_a_part_may_be_measured_in_another_chapter_and_the_scorecard_joins_them(
     assert alone["verdict"] == "contradicted" and "no record: python -m lddyn run 01_mnist" in alone["reason"]
     (both,) = claims.verdicts({"01_mnist": one, "02_decomposition": other})
     assert both["verdict"] == "partly" and [p["chapter"] for p in both["parts"]] == ["01_mnist", "02_decomposition"]
+
+
+def test_a_chapter_that_measures_a_part_of_a_claim_says_that_it_is_its_part(monkeypatch):
+    entry = {"id": 1, "claim": "c", "source": "s", "paper": "p", "chapter": "01_mnist"}
+    monkeypatch.setattr(claims, "ledger", lambda: [entry | {"parts": [part("< 1"), part("< 1", chapter="03_sft")]}])
+    (judged,) = claims.verdicts({"01_mnist": {"scale": "laptop", "runs": runs_with([0.1, 0.2])}})
+    assert judged["elsewhere"] == ["03_sft"] and "this chapter’s part: undecided" in claims.as_html([judged])
+    assert "this chapter’s part" not in claims.as_html([judged | {"elsewhere": []}])

@@ -109,6 +109,11 @@ def run_explained(rows: pd.DataFrame, over: str = "1") -> float:
     return explained(sums.predicted.to_numpy(), sums.measured.to_numpy())
 
 
+def left_unexplained(table: pd.DataFrame, of: str) -> float:
+    """Share of the squared change over a whole run, SFT or DPO, that the sum of its one-step predictions leaves."""
+    return 1 - run_explained(followed(table)[of])
+
+
 def step_explained(rows: pd.DataFrame, over: str = "1") -> float:
     """Share of the change of single steps (or blocks) that their own predictions explain."""
     each = predictions(rows, over)

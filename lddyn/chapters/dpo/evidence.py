@@ -15,6 +15,7 @@ from lddyn.chapters.statistics import (
     change,
     curve,
     fall,
+    in_interval,
     margins,
     mean_interval,
     needed,
@@ -271,8 +272,8 @@ def by_pairs(design: pd.DataFrame, examples: Sequence[dict]) -> pd.DataFrame:
     return means
 
 
-def effects(ends: pd.DataFrame) -> pd.DataFrame:
-    """What moves the end change of y*: mean differences along PATHS in nats, with 95% intervals over seeds.
+def contrasts(ends: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What moves the end change of y*: of each contrast its difference along PATHS, nats, a row a seed.
 
     ends: rows of `ends`. A difference is taken within a seed; where other settings are crossed with it, it is
     their mean. The kinds of pairs are compared at the large learning rate, where all effects are larger.
@@ -281,18 +282,58 @@ def effects(ends: pd.DataFrame) -> pd.DataFrame:
     lengths = lengths[lengths.sft_epochs > 0]
     small, large = rates.lr.min(), rates.lr.max()
     fast, style = rates[rates.lr == large], rates.pairs == "style"
-    contrasts = {
+    found = {
         f"{kind} pairs, not as written": (fast, "pairs", kind, "as_written")
         for kind in fast.pairs.unique()
         if kind != "as_written"
     }
-    contrasts["larger rate, style pairs"] = (rates[style], "lr", large, small)
-    contrasts["larger rate, all other pairs"] = (rates[~style], "lr", large, small)
-    contrasts["long SFT, not short"] = (lengths, "sft_epochs", lengths.sft_epochs.max(), lengths.sft_epochs.min())
-    rows = {}
-    for name, (runs, setting, high, low) in contrasts.items():
-        if len(runs):
-            means = runs.groupby(["seed", setting])[[f"y* along {path}" for path in PATHS]].mean()
-            moved = means.xs(high, level=setting) - means.xs(low, level=setting)
-            rows[name] = {path: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*mean_interval(moved[path])) for path in moved}
-    return pd.DataFrame(rows).T
+    found["larger rate, style pairs"] = (rates[style], "lr", large, small)
+    found["larger rate, all other pairs"] = (rates[~style], "lr", large, small)
+    found["long SFT, not short"] = (lengths, "sft_epochs", lengths.sft_epochs.max(), lengths.sft_epochs.min())
+    columns = [f"y* along {path}" for path in PATHS]
+    means = {
+        of: (runs.groupby(["seed", by])[columns].mean(), by, *ab) for of, (runs, by, *ab) in found.items() if len(runs)
+    }
+    return {of: mean.xs(high, level=by) - mean.xs(low, level=by) for of, (mean, by, high, low) in means.items()}
+
+
+def effects(ends: pd.DataFrame) -> pd.DataFrame:
+    """`contrasts` as means over the seeds with 95% intervals."""
+    return pd.DataFrame({of: moved.apply(in_interval) for of, moved in contrasts(ends).items()}).T
+
+
+# --- what the text says of a larger design: statistics of one seed's `ends`
+
+
+def effect(ends: pd.DataFrame, of: str, path: str = "chosen") -> float:
+    """One of `contrasts`: difference of the end change of y* along a path, nats."""
+    return float(needed(contrasts(ends), of)[of][f"y* along {path}"].iloc[0])
+
+
+def end_effect(ends: pd.DataFrame, setting: str, columns: Sequence[str]) -> float:
+    """Mean end change of some columns at the largest value of a setting minus that at the smallest but 0, nats."""
+    by_value = vary(ends, setting).set_index(setting)[list(columns)].mean(axis=1)
+    by_value = by_value[by_value.index > 0].sort_index()
+    return float(by_value.iloc[-1] - by_value.iloc[0])
+
+
+def top_end(ends: pd.DataFrame, pairs: str, end: str = "min") -> float:
+    """Smallest or largest over PATHS of the end change of y* with one kind of pairs, at the larger rate, nats."""
+    rates = vary(ends, "pairs", "lr")
+    rows = rates[(rates.pairs == pairs) & (rates.lr == rates.lr.max())]
+    return float(needed(rows)[[f"y* along {path}" for path in PATHS]].agg(end, axis=1).iloc[0])
+
+
+def extreme_end(ends: pd.DataFrame, columns: Sequence[str], end: str = "max") -> float:
+    """Largest (or smallest) end change over all settings and some columns, nats."""
+    return float(ends[list(columns)].agg(end).agg(end))
+
+
+def share_falling(ends: pd.DataFrame, column: str) -> float:
+    """Share of the settings with the larger learning rate in which a column ends below its start."""
+    return float((ends[ends.lr == ends.lr.max()][column] < 0).mean())
+
+
+def style_top(table: pd.DataFrame) -> float:
+    """End change of y* along chosen in the short runs with style pairs, mean, nats."""
+    return float(needed(ends(table).query("pairs == 'style'"))["y* along chosen"].mean())

@@ -167,6 +167,17 @@ def win_rates(outcomes: pd.DataFrame, by: Sequence[str] = ("design", "decoding",
     return pd.DataFrame(rows)
 
 
+def score_change(table: pd.DataFrame, arm: str, best: bool = False) -> float:
+    """Change of the mean score of a sampled answer over DPO; with `best` to the best of its later evaluations."""
+    mean = needed(scores(table, arm), what=f"scores of {arm}").mean()
+    return float((mean.iloc[1:].max() if best else mean.iloc[-1]) - mean.iloc[0])
+
+
+def best_lead(table: pd.DataFrame) -> float:
+    """The best mean score of a sampled answer that extended reaches before or in DPO, minus that of the baseline."""
+    return float(scores(table, "extended").mean().max() - scores(table, "baseline").mean().max())
+
+
 # --- tables and sentences of the notebook
 
 

@@ -126,9 +126,10 @@ def shuffled_raises_others(table: pd.DataFrame) -> float:
 # --- sweeps: what holds in all cells of a recorded table
 
 
-def everywhere(cells: pd.DataFrame, column: str, end: str = "min") -> float:
-    """The smallest (`min`) or largest (`max`) value over all cells of a statistic of single runs, a column of a sweep.
+def everywhere(cells: pd.DataFrame, column: str, end: str = "min", size: str | None = None) -> float:
+    """The smallest (`min`) or largest (`max`) value over all cells, or those of one size of the model, of a statistic
+    of single runs, a column of a sweep.
 
     cells: one seed's rows.
     """
-    return float(cells[column].agg(end))
+    return float(cells[cells["size"] == size if size else slice(None)][column].agg(end))

@@ -15,6 +15,7 @@ from lddyn.chapters.statistics import (
     change,
     curve,
     margins,
+    needed,
     partial_slope,
     share_won,
     top_change,
@@ -150,6 +151,27 @@ def _loss(table: pd.DataFrame, name: str) -> pd.DataFrame:
 def _source(table: pd.DataFrame, name: str) -> pd.DataFrame:
     rows = source_runs(table)
     return rows[rows.name == name]
+
+
+def loss_end(table: pd.DataFrame, loss: str, column: str, over: str = "") -> float:
+    """A column of `variant_ends` for one of VARIANTS, or its difference to that of another one (`over`)."""
+    return _end(loss_runs(table), loss, column) - (_end(loss_runs(table), over, column) if over else 0.0)
+
+
+def source_end(table: pd.DataFrame, source: str, column: str, over: str = "") -> float:
+    """The same for one of SOURCES."""
+    return _end(source_runs(table), source, column) - (_end(source_runs(table), over, column) if over else 0.0)
+
+
+def _end(named: pd.DataFrame, name: str, column: str) -> float:
+    found = variant_ends(named[named.name.isin([name, "SFT"])]).set_index("name")
+    return float(needed(found, column)[column][name])
+
+
+def best_won(table: pd.DataFrame, over: str) -> float:
+    """The largest share of sampled answers that beat the SFT model's under any of VARIANTS, minus that under one."""
+    won = needed(variant_ends(loss_runs(table)).set_index("name"), "won").won.drop("SFT")
+    return float(won.max() - won[over])
 
 
 # --- claims 13 and 14 on a language model
