@@ -86,6 +86,7 @@ def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
         "interval": [a, b] if math.isfinite(a) else None,
         "outcome": outcome,
         "seeds": len(values),
+        "later": part.get("later"),
     }
 
 
@@ -186,6 +187,11 @@ def sentence(part: Mapping) -> str:
     return f"{part['says']}: {found}, rule {part['holds']}: {part['outcome']}"
 
 
+def sentence_on_recorded(part: Mapping) -> str:
+    """`sentence`, and whether the rule is younger than the recorded runs that it judges."""
+    return sentence(part) + (f" (rule of later: {part['later']})" if part["later"] else "")
+
+
 def on_real_model(published: Mapping[str, dict]) -> list[dict]:
     """The claims of which something is measured in runs on the real model (`recorded.published`), judged there."""
     return [e for e in verdicts(published) if e["scale"] == recorded.SCALE and e["verdict"] != "not attempted"]
@@ -262,7 +268,7 @@ def _real_cell(entry: Mapping | None) -> str:
     if entry is None or not entry["parts"]:
         return "<td>-</td>"
     of, told = len(parts(ledger()[entry["id"] - 1])), [part for part in entry["parts"] if part["ours"] is not None]
-    return f"<td>{_judged_cell(entry['verdict'], told, of, sentence)}</td>"
+    return f"<td>{_judged_cell(entry['verdict'], told, of, sentence_on_recorded)}</td>"
 
 
 def _judged_cell(verdict: str, judged: Sequence[Mapping], of: int, words: Callable[[Mapping], str]) -> str:

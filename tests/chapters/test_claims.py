@@ -1,13 +1,15 @@
 import json
+import subprocess
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from lddyn import InputError
 from lddyn.__main__ import main
 from lddyn.chapters import claims, sentences, statistics
-from lddyn.engine import store
+from lddyn.engine import recorded, store
 from lddyn.engine.store import Run
 from lddyn.workshop import report
 
@@ -188,5 +190,28 @@ def test_a_chapter_that_measures_a_part_of_a_claim_says_that_it_is_its_part(monk
     entry = {"id": 1, "claim": "c", "source": "s", "paper": "p", "chapter": "01_mnist"}
     monkeypatch.setattr(claims, "ledger", lambda: [entry | {"parts": [part("< 1"), part("< 1", chapter="03_sft")]}])
     (judged,) = claims.verdicts({"01_mnist": {"scale": "laptop", "runs": runs_with([0.1, 0.2])}})
-    assert judged["elsewhere"] == ["03_sft"] and "this chapter’s part: undecided" in claims.as_html([judged])
+    assert judged["elsewhere"] == ["03_sft"] and "this chapter’s part: replicated" in claims.as_html([judged])
     assert "this chapter’s part" not in claims.as_html([judged | {"elsewhere": []}])
+
+
+def _rules(text):
+    """The rules of a ledger, without what they are called: (chapter, statistic, arguments, rule)."""
+    parts = [part for claim in yaml.safe_load(text) for part in claims.parts(claim)]
+    return {(p["chapter"], p["statistic"], str(p.get("arguments", {})), p["holds"]): p for p in parts}
+
+
+@pytest.mark.parametrize("chapter", recorded.JUDGED)
+def test_a_rule_is_older_than_the_recorded_runs_that_it_judges_or_says_why_not(chapter):
+    """Otherwise it can be fitted to them."""
+    now = _rules(claims.LEDGER.read_text())
+    for commit in {run.manifest["git"]["commit"] for run in recorded.read(chapter, *recorded.JUDGED[chapter])}:
+        done = subprocess.run(
+            ["git", "show", f"{commit}:book/claims.yml"], capture_output=True, text=True, cwd=store.ROOT
+        )
+        if done.returncode:
+            pytest.skip(f"the history of this clone does not reach to {commit}")
+        then = _rules(done.stdout)
+        younger = [
+            rule for rule, part in now.items() if rule[0] == chapter and rule not in then and "later" not in part
+        ]
+        assert not younger, f"younger than the runs of {commit}"

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import spearmanr
 
-from lddyn.chapters.statistics import BELLS, curve
+from lddyn.chapters.statistics import BELLS, at_most_as_symmetric, curve, partner_symmetry
 from lddyn.data.responses import RESPONSE_TYPES
 
 MAIN = {"sft": "SFT", "dpo": "DPO"}  # what the two whole runs are called; the others go by their variant
@@ -282,6 +282,25 @@ def stand_in_sentence(table: pd.DataFrame, f=None) -> str:
     )
 
 
+def bound_share(table: pd.DataFrame) -> float:
+    """Largest LBK / ||K||_F^2 between whole answers, with the estimated ||K||: how loose the bound of eq. 26 is."""
+    keys = ["method", "step", "prompt_id", "response_type"]
+    rows = table[table.whole & table.metric.isin(["lbk", "kernel_norm"])]
+    wide = rows.pivot_table(index=keys, columns="metric", values="value", observed=True)
+    return float((wide.lbk / wide.kernel_norm**2).max())
+
+
+def stand_in_follows(table: pd.DataFrame, name: str) -> float:
+    """Rank correlation over types of a stand-in ("LBK, released") with ||K||, mean over evaluations and SFT and DPO."""
+    return float(np.mean([agreement_with_kernel(followed(table)[run])[name] for run in MAIN.values()]))
+
+
+def bells_with_first_g(table: pd.DataFrame) -> float:
+    """`bell_turns` with G of the start minus with all factors as they are: above 0 where the shrinking G makes them."""
+    turns = bell_turns(followed(table)["SFT"])
+    return float(turns["G at the start"] - turns["A K G"])
+
+
 def kernel_explains_change(table: pd.DataFrame) -> float:
     """Rank correlation over types but chosen of accumulated ||K|| with the end change of log pi a token in SFT."""
     rows = followed(table)["SFT"]
@@ -328,14 +347,19 @@ def fingerprint(table: pd.DataFrame) -> float:
     return float(np.mean(found))
 
 
-def partner_symmetry(table: pd.DataFrame) -> float:
-    """Rank correlation between 'rank of o among the partners of u' and 'rank of u among those of o', by ||K||."""
+def _kernel_sizes(table: pd.DataFrame) -> np.ndarray:
     sizes = step_heat(followed(table)["SFT"], "kernel").to_numpy()
-    sizes = (sizes + sizes.T) / 2  # both are estimates of one number: K_uo is the transpose of K_ou
-    np.fill_diagonal(sizes, np.nan)
-    ranks = np.apply_along_axis(lambda column: rankdata(column, nan_policy="omit"), 0, sizes)
-    off = ~np.eye(len(sizes), dtype=bool)
-    return float(spearmanr(ranks[off], ranks.T[off]).statistic)
+    return (sizes + sizes.T) / 2  # both are estimates of one number: K_uo is the transpose of K_ou
+
+
+def partner_rank_symmetry(table: pd.DataFrame) -> float:
+    """`statistics.partner_symmetry` of ||K|| between the twelve types."""
+    return partner_symmetry(_kernel_sizes(table))
+
+
+def symmetric_by_chance(table: pd.DataFrame) -> float:
+    """Share of random symmetric matrices whose ranking of partners is at most as symmetric as that of ||K||."""
+    return at_most_as_symmetric(_kernel_sizes(table))
 
 
 def resemblance_sentence(table: pd.DataFrame) -> str:

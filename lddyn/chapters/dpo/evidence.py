@@ -71,7 +71,7 @@ def vary(table: pd.DataFrame, *free: str) -> pd.DataFrame:
 
     The centre has the commonest value of each setting: the designs cross there.
     """
-    short = table[table.measure != "all"] if "measure" in table else table
+    short = table[table.measure == "paths"] if "measure" in table else table
     keep = np.ones(len(short), dtype=bool)
     for name in VARIED:
         if name in short and name not in free:
@@ -98,8 +98,8 @@ def step_order(table: pd.DataFrame, kind: str, metric: str = "logp_sum") -> floa
 
 
 def rejected_minus_next(table: pd.DataFrame) -> float:
-    """End change of log pi(rejected) minus that of the natural type that falls most beside it, nats."""
-    return end_change(table, "rejected") - min(end_change(table, kind) for kind in NATURAL if kind != "rejected")
+    """End change of log pi(rejected) minus that of the natural type that falls most but its own rephrases, nats."""
+    return end_change(table, "rejected") - min(end_change(table, k) for k in NATURAL if not k.startswith("rejected"))
 
 
 def chosen_rise(table: pd.DataFrame) -> float:
@@ -137,14 +137,14 @@ def late_change(table: pd.DataFrame) -> float:
     return max(float(c.iloc[-1] - c[c.index >= c.index[-1] / 2].iloc[0]) for c in halves)
 
 
-def sign_delta_of_chosen(table: pd.DataFrame) -> float:
-    """Accumulated SignDelta of the chosen answer over DPO."""
-    return float(needed(sign_delta(baseline(table), "chosen"), "chosen")["chosen"])
+def sign_delta_of_chosen(table: pd.DataFrame, smoothed: bool = False) -> float:
+    """Accumulated SignDelta of the chosen answer over DPO (`statistics.sign_delta`)."""
+    return float(needed(sign_delta(baseline(table), "chosen", smoothed), "chosen")["chosen"])
 
 
-def sign_delta_of_others(table: pd.DataFrame) -> float:
+def sign_delta_of_others(table: pd.DataFrame, smoothed: bool = False) -> float:
     """Largest accumulated SignDelta of any other type over DPO."""
-    sums = sign_delta(baseline(table), "chosen")
+    sums = sign_delta(baseline(table), "chosen", smoothed)
     return float(max(needed([value for kind, value in sums.items() if kind in AUTHORS_KEYS and kind != "chosen"])))
 
 
@@ -187,6 +187,12 @@ def valley(table: pd.DataFrame, draws: int = 1000) -> dict:
     return bootstrapped_slope(data, draws)
 
 
+def valley_slope(table: pd.DataFrame) -> float:
+    """The slope of `valley`, nats per nat."""
+    needed(table[table.metric == "tokens"], what="log pi per token of each prompt")
+    return float(valley(table, draws=1)["slope"])
+
+
 def slope_sentence(fit: dict) -> str:
     """The slope of `valley`, in words."""
     return "slope {:+.3f} nats per nat, 95% interval [{:+.3f}, {:+.3f}]".format(fit["slope"], *fit["interval"])
@@ -217,13 +223,12 @@ def repetition_sentence(table: pd.DataFrame) -> str:
 def top_minus_sft_chosen(table: pd.DataFrame) -> float:
     """Rise of log pi(y*) per epoch of DPO minus rise of log pi(chosen) per epoch of SFT, nats.
 
-    The SFT is that between the starts of two short runs: from no SFT, and from the shortest.
+    At equal learning rate, batch and examples: SFT of the untouched model that takes DPO's (`run.sft_like_dpo`).
     """
-    by_length = by_setting(vary(table, "sft_epochs"), "sft_epochs")
-    starts = {n: curve(run, "chosen").iloc[0] for n, run in by_length.items()}
-    none, short = sorted(starts)[:2]
-    epochs = baseline(table).epochs.iloc[0] if "epochs" in table else 1
-    return float(top_change(baseline(table), "chosen") / epochs - (starts[short] - starts[none]) / (short - none))
+    sft = needed(table[table.measure.isna()] if "measure" in table else table[:0], what="SFT at the rate of DPO")
+    dpo = baseline(table)
+    epochs = [float(np.max(runs.epochs.iloc[0])) for runs in (dpo, sft)]
+    return float(top_change(dpo, "chosen") / epochs[0] - change(sft, "chosen") / epochs[1])
 
 
 def sft_effect(table: pd.DataFrame, kinds: Sequence[str]) -> float:
@@ -244,7 +249,7 @@ def ends(table: pd.DataFrame, kinds=("chosen", "rejected", "chosen_semantic", "o
     """The end of every short run: a row with its settings, the end changes of types and of y* along PATHS, in nats."""
     names = [*(name for name in VARIED if name in table), "seed"]
     rows = []
-    for values, run in table[table.measure != "all"].groupby(names, observed=True):
+    for values, run in table[table.measure == "paths"].groupby(names, observed=True):
         changes = {kind: change(run, kind) for kind in kinds}
         changes |= {f"y* along {path}": top_change(run, path) for path in PATHS}
         rows.append(dict(zip(names, values, strict=True)) | changes)
@@ -280,6 +285,7 @@ def contrasts(ends: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """
     lengths, rates = vary(ends, "pairs", "sft_epochs"), vary(ends, "pairs", "lr")
     lengths = lengths[lengths.sft_epochs > 0]
+    rates = rates[rates.lr.isin(rates.lr[rates.pairs != "as_written"])]  # of the rates those that are crossed
     small, large = rates.lr.min(), rates.lr.max()
     fast, style = rates[rates.lr == large], rates.pairs == "style"
     found = {

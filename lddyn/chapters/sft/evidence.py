@@ -79,6 +79,11 @@ def format_minus_semantic(table: pd.DataFrame) -> float:
     return change(table, "chosen_format") - change(table, "chosen_semantic")
 
 
+def format_minus_semantic_share(table: pd.DataFrame) -> float:
+    """The same as a share of what the trained answer gains."""
+    return format_minus_semantic(table) / change(table, "chosen")
+
+
 def heat_map(table: pd.DataFrame) -> pd.DataFrame:
     """The last panel of figure 3: SignDelta of every observed type (rows) for every trained type (columns).
 

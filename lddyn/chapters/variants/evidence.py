@@ -222,12 +222,45 @@ def source_effect(table: pd.DataFrame, source: str, of: str) -> float:
 
     `of` what: "chosen"; "unpushed", the mean of UNPUSHED, which are in no pair; or "top", y* along the chosen answers.
     """
-    measure = {
-        "chosen": lambda run: change(run, "chosen"),
-        "unpushed": unpushed_change,
-        "top": lambda run: top_change(run, "chosen"),
-    }[of]
-    return measure(_source(table, source)) - measure(_source(table, "data"))
+    return _moved(_source(table, source), of) - _moved(_source(table, "data"), of)
+
+
+def _moved(run: pd.DataFrame, of: str) -> float:
+    if of == "unpushed":
+        return unpushed_change(run)
+    return top_change(run, "chosen") if of == "top" else change(run, of)
+
+
+def source_per_nat(table: pd.DataFrame, source: str, of: str) -> float:
+    """The same per nat that the pushed answers fall, a token: equal pushed nats, whatever the pairs.
+
+    The fall is that of the rejected answers of each round under the policy before and after it, summed over the rounds.
+    """
+
+    def per_nat(name: str) -> float:
+        run = _source(table, name)
+        pushed = run[(run.prompt_id == "pairs") & (run.response_type == "rejected")].groupby("metric").value.sum()
+        fallen = pushed["pushed_before"] - pushed["pushed_after"]
+        return _moved(run, of) / fallen if fallen > 0 else float("nan")
+
+    return per_nat(source) - per_nat("data")
+
+
+def push_per_nat(table: pd.DataFrame, of: str) -> float:
+    """Single pushes: change per nat that the pushed answer falls (both a token), own answers minus the data's rejected.
+
+    `of` what nobody pushed ("watched"), or of y* along it ("watched_top").
+    """
+    means = pushes(table).groupby("response_type", observed=True)[["pushed_change", f"{of}_change"]].mean()
+    cost = means[f"{of}_change"] / -means.pushed_change
+    return float(needed(cost, "greedy", "sampled", "rejected")[["greedy", "sampled"]].mean() - cost["rejected"])
+
+
+def push_slope_of_kinds(table: pd.DataFrame) -> float:
+    """Slope over the kinds of pushed response, one point a kind, of the mean change of what nobody pushed on the mean
+    log pi per token of what was pushed, nats per nat."""
+    means = pushes(table).groupby("response_type", observed=True)[["pushed_start", "watched_change"]].mean()
+    return float(np.polyfit(means.pushed_start, means.watched_change, 1)[0])
 
 
 def pushes(table: pd.DataFrame) -> pd.DataFrame:
