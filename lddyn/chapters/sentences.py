@@ -65,8 +65,9 @@ def rule(text: str, where: str) -> tuple[float, float]:
     """`> x`, `< x` or `in [x, y]` as an interval that a statistic must lie in; `InputError` for anything else."""
     number = r"([-+.\deE]+)"
     if match := re.fullmatch(rf"([<>]) {number}", text):
-        bound = float(match[2])
-        return (bound, math.inf) if match[1] == ">" else (-math.inf, bound)
+        bound = float(match[2])  # which does not satisfy it itself
+        above = match[1] == ">"
+        return (math.nextafter(bound, math.inf), math.inf) if above else (-math.inf, math.nextafter(bound, -math.inf))
     if match := re.fullmatch(rf"in \[{number}, {number}\]", text):
         return float(match[1]), float(match[2])
     raise InputError(f"{where}: rule {text!r} is not '> x', '< x' or 'in [x, y]'")

@@ -24,10 +24,8 @@ from lddyn.workshop.released_files import BATCH, FEWEST, read, spacing
 
 TOP = "y*"  # the most likely token at each position along the chosen answer
 CHAPTERS = {"sft": "03_sft", "dpo": "05_dpo"}  # by the end of a kind's name; what each run is measured by
-IN_SFT, IN_DPO = (
-    {"dpo_change", "sft_rise_share", "sft_rejected"},
-    {"falls_less", "others_fall_less", "top_at_start"},
-)  # chapter 7
+IN_SFT = {"sft_rise_share", "sft_rejected"}  # chapter 7
+IN_DPO = {"dpo_change", "falls_less", "others_fall_less", "top_at_start"}
 SAME = 5.0  # nats: starts of log pi(chosen) that lie closer are starts from the same amount of SFT
 POINTS = 15  # of a recorded curve
 

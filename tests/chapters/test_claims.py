@@ -215,3 +215,8 @@ def test_a_rule_is_older_than_the_recorded_runs_that_it_judges_or_says_why_not(c
             rule for rule, part in now.items() if rule[0] == chapter and rule not in then and "later" not in part
         ]
         assert not younger, f"younger than the runs of {commit}"
+
+
+@pytest.mark.parametrize(("value", "rule"), [(0.0, "> 0"), (0.0, "< 0")])
+def test_a_bound_does_not_satisfy_its_own_rule(value, rule):
+    assert claims.judge(part(rule, exact=True), claims.by_seed(runs_with([value])))["outcome"] == "fails"
