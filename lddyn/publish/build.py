@@ -41,7 +41,8 @@ def reached(notebook: Path) -> tuple[dict[str, str], dict[str, str]]:
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     rules = claims.of_chapter(notebook.stem)
     measured = [part for rule in rules for part in claims.parts(rule) if part["chapter"] == notebook.stem]
-    asserted = sentences.assertions("\n".join([code, *(rule.get("why", "") for rule in rules)]), notebook.stem)
+    texts = [(code, notebook.stem), *((rule.get("why", ""), rule["chapter"]) for rule in rules)]
+    asserted = [one for text, chapter in texts for one in sentences.assertions(text, chapter)]
     named = [(part["chapter"], part["statistic"]) for part in measured] + [one[:2] for one in asserted]
     judged = [sentences.statistic(*name) for name in named if name[0] == notebook.stem]
     return reach.of_code(code, *((f.__module__, f.__name__) for f in judged))
