@@ -50,7 +50,7 @@ def of_chapter(chapter: str) -> list[dict]:
 
 def by_seed(runs: Sequence[Run]) -> list[pd.DataFrame]:
     """The runs' tables, joined for each seed."""
-    return [table for _, table in frame(runs).groupby("seed")]
+    return [table for _, table in frame(runs).groupby("seed")] if runs else []
 
 
 def of_sweep(name: str) -> list[pd.DataFrame]:
@@ -111,7 +111,7 @@ def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
     wanted = parts(entry)
     missing = sorted({part["chapter"] for part in wanted} - published.keys())
     judged = [
-        judge(part, tables(part["chapter"])) | {"chapter": part["chapter"]}
+        judge(part, _recorded(part) if "recorded" in part else tables(part["chapter"])) | {"chapter": part["chapter"]}
         for part in wanted
         if part["chapter"] in published
     ]
@@ -132,6 +132,11 @@ def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
         "released": of_logs(entry),
         "reason": "; ".join(reasons) or "no experiment of this companion tests it yet",
     }
+
+
+def _recorded(part: Mapping) -> list[pd.DataFrame]:
+    """The tables of the recorded runs that measure a part, such as those on MNIST of chapter 1."""
+    return by_seed(recorded.read(part["chapter"], part["recorded"]))
 
 
 def _why(entry: Mapping, published: Mapping[str, dict], tables: sentences.Tables) -> dict:

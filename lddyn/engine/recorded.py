@@ -1,6 +1,6 @@
 """Runs that take long, kept beside the code: table, manifest and answers of each, as every reader's book draws them.
 
-    book/recorded/pretrained/05_dpo/after_sft/seed-10-4f1c09aa/     table.parquet, manifest.json, answers.json
+    book/recorded/runs/05_dpo/after_sft/seed-10-4f1c09aa/     table.parquet, manifest.json, answers.json
 
 The folder of a run is named by its settings alone: made again by other code, it takes the place of what was there.
 """
@@ -14,10 +14,10 @@ from typing import Any
 
 from lddyn.engine import store
 
-FOLDER = store.BOOK / "recorded" / "pretrained"
+FOLDER = store.BOOK / "recorded" / "runs"
 CARD = FOLDER / "card.json"  # rows of the model card
 SCALE = "pretrained"
-JUDGED = {  # what claims are judged by, of each chapter
+JUDGED = {  # what claims are judged by on the real model, of each chapter
     "02_decomposition": ("main",),
     "03_sft": ("main", "map"),
     "05_dpo": ("after_sft", "short"),
