@@ -173,13 +173,14 @@ def _build(scale: str, force: bool, strict: bool) -> int:
     pages.write_citation()
     entries = claims.verdicts(shown)
     pages.write_scorecard(entries)
+    on_first_page = pages.write_found(entries)
     pages.write_paper_scale(shown)
     pages.write_status()
     pages.write_data_card()
     pages.write_model_card()
     pages.write_bench()
     pages.write_sweeps()
-    if wrong := refuted(entries, scale):
+    if wrong := [*on_first_page, *refuted(entries, scale)]:
         print(*(f"lddyn: not borne out: {line}" for line in wrong), sep="\n", file=sys.stderr)
     return render() or (1 if strict and wrong else 0)
 

@@ -70,9 +70,8 @@ def slope_sentence(table: pd.DataFrame) -> str:
         "answers. As a share of the change, the error of one step on one example is "
         f"{papers.SFT:.1e} (SFT) and {papers.DPO:.1e} (DPO) at the paper's learning rate, "
         f"{chapter_3.SFT:.1%} and {chapter_3.DPO:.2%} at that of chapter 3, and "
-        f"{tenfold.SFT:.0%} and {tenfold.DPO:.1%} ten times above it, where for SFT first "
-        "order begins to fail. DPO stays linear longer because its force, beta (1 - a), is at "
-        "most a tenth of SFT's."
+        f"{tenfold.SFT:.0%} and {tenfold.DPO:.1%} ten times above it. The force of DPO, beta (1 - a), is at most a "
+        "tenth of SFT's: its steps are smaller at the same rate."
     )
 
 
@@ -140,8 +139,7 @@ def explained_sentence(table: pd.DataFrame) -> str:
         f"Summed over all steps, one-step predictions explain {sft:.2%} of the change of "
         f"SFT and {dpo:.2%} of that of DPO (share of the squared change over all "
         "responses). One single prediction for the whole run, made at its start, explains "
-        f"{sft_at_once:.0%} and {dpo_at_once:.0%}: "
-        "the direction is mostly right, but A, K and G have moved."
+        f"{sft_at_once:.0%} and {dpo_at_once:.0%}: A, K and G move meanwhile."
     )
 
 
@@ -255,7 +253,7 @@ def stability_sentence(table: pd.DataFrame) -> str:
     return (
         f"Rank correlation of the order with its last, after the first tenth of training: {late}. The mean norm "
         f"itself moves by {kernel_norm_change(table):.2f} doublings after the first tenth "
-        "of SFT. LoRA's kernel is another one: that of its adapters only, and it grows with them."
+        "of SFT. LoRA's kernel is another one, that of its adapters only."
     )
 
 
@@ -276,9 +274,8 @@ def stand_in_sentence(table: pd.DataFrame, f=None) -> str:
         f"LBK as printed and K order the responses with rank correlation {sft['LBK, eq. 26']:.2f} "
         f"in SFT and {dpo['LBK, eq. 26']:.2f} in DPO. {looseness}The released LBK, a difference "
         f"over many steps on all answers, has {sft['LBK, released']:.2f} and {dpo['LBK, released']:.2f}. "
-        f"SignDelta as printed has {sft['SignDelta, printed']:.2f} and {dpo['SignDelta, printed']:.2f}: a mean over "
-        "the vocabulary is dominated by the thousands of tokens that nobody wrote, and says "
-        "little about the response itself."
+        f"SignDelta as printed has {sft['SignDelta, printed']:.2f} and {dpo['SignDelta, printed']:.2f}; it is a mean "
+        "over the vocabulary, most of which nobody wrote."
     )
 
 
@@ -450,9 +447,8 @@ def entanglement_sentence(products: np.ndarray, ches: np.ndarray) -> str:
     """On how many pairs a step lowers the chosen answer, and whether the CHES score, (pairs,), says on which."""
     change, cosine = entanglement(products)
     return (
-        f"A single step of DPO lowers the chosen answer of {(change < 0).sum()} of {len(change)} pairs, "
-        f"although the two gradients are similar (mean cosine {cosine.mean():.2f}). Rank correlation of CHES "
-        f"with the change: {spearmanr(ches, change).statistic:+.2f} (the theory wants it below zero). "
-        "The fall that chapter 5 sees is not that of one pair by its own step: it comes from the "
-        "steps on all the others."
+        f"A single step of DPO lowers the chosen answer of {(change < 0).sum()} of {len(change)} pairs; the mean "
+        f"cosine of the two gradients is {cosine.mean():.2f}. Rank correlation of CHES with the change: "
+        f"{spearmanr(ches, change).statistic:+.2f} (the theory wants it below zero). Where a pair's own step raises "
+        "its chosen answer, the fall that chapter 5 sees comes from the steps on all the others."
     )

@@ -131,6 +131,11 @@ def margin_order(table: pd.DataFrame) -> float:
     return order(margins(baseline(table), 1.0).mean(axis=1))
 
 
+def gap_growth(table: pd.DataFrame) -> float:
+    """Growth of log pi(chosen) - log pi(rejected) over DPO, mean over prompts, nats: the dose."""
+    return end_change(table, "chosen") - end_change(table, "rejected")
+
+
 def late_change(table: pd.DataFrame) -> float:
     """Larger of the changes of log pi(chosen) and log pi(rejected) over the second half of DPO, nats."""
     halves = [curve(baseline(table), kind) for kind in ("chosen", "rejected")]

@@ -321,7 +321,7 @@ def chosen_sentence(ends: pd.DataFrame) -> str:
     return (
         f"Under DPO the chosen answers change by {mean.chosen['DPO']:+.1f} nats. Not all losses do that: they rise "
         f"under {', '.join(kept) or 'none'}. The robust loss ends at a margin of {mean.margin['robust']:.0f} nats, DPO "
-        f"at {mean.margin['DPO']:.0f}: its force never fades, and the chosen answers change by "
+        f"at {mean.margin['DPO']:.0f}: its force never fades to nothing. The chosen answers change under it by "
         f"{mean.chosen['robust']:+.1f} nats."
     )
 
