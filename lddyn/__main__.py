@@ -14,7 +14,7 @@ from lddyn.chapters import claims
 from lddyn.engine import pool, pretraining, store
 from lddyn.engine.released import FILE
 from lddyn.publish import build, notebooks, pages, pdf, status
-from lddyn.workshop import chat, estimate, launch, pretrained, released, rephrase, report, sweep, tune
+from lddyn.workshop import chat, estimate, launch, pretrained, released, rephrase, replicates, report, sweep, tune
 
 
 def parser() -> argparse.ArgumentParser:
@@ -91,6 +91,11 @@ def parser() -> argparse.ArgumentParser:
     again = commands.add_parser("pretrain", help="make the built-in models again and say whether they are equal")
     again.add_argument("sizes", nargs="*", help="tiny, small, world (default: all)")
     again.add_argument("--ship", action="store_true", help="put them in the place of those of the package")
+
+    other = commands.add_parser("replicates", help="record chapters 3 and 5 with other base models and data")
+    other.add_argument("--scale", default="laptop", help="whose settings (default: laptop)")
+    how = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "FILE")}
+    other.add_argument("--data", help="more data than halves of the built-in pairs, in JSON Lines", **how)
 
     real = commands.add_parser("pretrained", help="make the recorded runs on SmolLM2 again, and compare")
     real.add_argument("pieces", nargs="*", help="such as 03_sft/main (default: all, what matters most first)")
@@ -227,6 +232,12 @@ def _pretrain(a) -> int:
     return 0 if equal else 1
 
 
+def _replicates(a) -> int:
+    pool.show_progress()
+    print(replicates.record(a.scale, dict(a.data), {}))
+    return 0
+
+
 def _pretrained(a) -> int:
     pool.show_progress()
     pretrained.make(a.pieces, {"seeds": a.seeds, "first_seed": a.first_seed}, a.record)
@@ -248,6 +259,7 @@ COMMANDS = {
     "released": _released,
     "pretrain": _pretrain,
     "pretrained": _pretrained,
+    "replicates": _replicates,
 }
 
 if __name__ == "__main__":

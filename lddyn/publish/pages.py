@@ -120,8 +120,17 @@ def write_scorecard(entries: list[dict]) -> None:
                 for v, those in by_verdict.items()
             ],
         ),
+        replicates=_replicates_in_words(),
         table=claims.as_html(entries, links=_figure_address, real=real),
     )
+
+
+def _replicates_in_words() -> str:
+    rows = recorded.replicates()
+    if not rows:
+        return "none is recorded"
+    bases, data = (len({row[name] for row in rows}) for name in ("base", "data"))
+    return f"{bases} base models times {data} sets of data, recorded"
 
 
 def write_found(entries: list[dict]) -> list[str]:

@@ -226,14 +226,13 @@ def repetition_sentence(table: pd.DataFrame) -> str:
 
 
 def top_minus_sft_chosen(table: pd.DataFrame) -> float:
-    """Rise of log pi(y*) per epoch of DPO minus rise of log pi(chosen) per epoch of SFT, nats.
+    """Rise of log pi(y*) along chosen in DPO minus rise of log pi(chosen) in SFT, nats per hundred examples.
 
-    At equal learning rate, batch and examples: SFT of the untouched model that takes DPO's (`run.sft_like_dpo`).
+    At equal learning rate and batch, on the same examples: SFT of the untouched model (`run.sft_like_dpo`).
     """
     sft = needed(table[table.measure.isna()] if "measure" in table else table[:0], what="SFT at the rate of DPO")
     dpo = baseline(table)
-    epochs = [float(np.max(runs.epochs.iloc[0])) for runs in (dpo, sft)]
-    return float(top_change(dpo, "chosen") / epochs[0] - change(sft, "chosen") / epochs[1])
+    return float(top_change(dpo, "chosen") / dpo.examples.max() - change(sft, "chosen") / sft.examples.max()) * 100
 
 
 def sft_effect(table: pd.DataFrame, kinds: Sequence[str]) -> float:
