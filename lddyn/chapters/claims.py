@@ -77,7 +77,7 @@ def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
         ours, (a, b) = float(values.max()), (float(values.min()), float(values.max()))
         outcome = "holds" if low <= a and b <= high else "fails"
     else:
-        ours, a, b = statistics.mean_interval(values)
+        ours, a, b = statistics.mean_interval(values, sentences.bounds(measure))
         outcome = sentences.outcome((a, b), (low, high))
     return {
         "says": part["says"],

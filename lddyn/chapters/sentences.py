@@ -61,6 +61,11 @@ def values(measure: Callable[..., float], given: Mapping, tables: Sequence[pd.Da
     return found[~np.isnan(found)]
 
 
+def bounds(measure: Callable[..., float]) -> tuple[float, float]:
+    """What values a statistic can have at all (`statistics.bounded`)."""
+    return getattr(measure, "bounds", (-math.inf, math.inf))
+
+
 def rule(text: str, where: str) -> tuple[float, float]:
     """`> x`, `< x` or `in [x, y]` as an interval that a statistic must lie in; `InputError` for anything else."""
     number = r"([-+.\deE]+)"
@@ -145,10 +150,11 @@ def assertions(text: str, chapter: str) -> list[Assertion]:
 
 def judged(asserted: Assertion, tables: Sequence[pd.DataFrame]) -> tuple[str, str]:
     """The value of an assertion in words, and whether it holds, fails or is undecided."""
-    found = values(statistic(asserted.chapter, asserted.statistic), asserted.arguments, tables)
+    measure = statistic(asserted.chapter, asserted.statistic)
+    found = values(measure, asserted.arguments, tables)
     if not len(found):
         return "(not measured)", "undecided"
-    mean, low, high = statistics.mean_interval(found)
+    mean, low, high = statistics.mean_interval(found, bounds(measure))
     about = asserted.relation.removeprefix("around ")
     if about != asserted.relation:
         result = "holds" if low < float(about) < high else "fails"

@@ -5,9 +5,10 @@ A statistic takes the table of one seed. What it needs and the table lacks it sa
 
 import json
 import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,11 +22,24 @@ NATURAL = ("chosen", *BELLS[:2], "chosen_initial", *BELLS[2:], "other_train", "o
 AUTHORS_KEYS = {kind: (names or (kind,))[0] for kind, names in RESPONSE_TYPES.items()}
 
 
+Statistic = TypeVar("Statistic", bound=Callable[..., float])
+
+
 class NotMeasured(InputError):
     """A table lacks what is computed from it: a type of response, a metric, prompts of a split, runs of a setting.
 
     `claims` and `report` show such a statistic as not measured. Any other error in a statistic is a mistake in it.
     """
+
+
+def bounded(low: float, high: float) -> Callable[[Statistic], Statistic]:
+    """Says of a statistic what values it can have at all, such as a rank correlation: its interval ends there."""
+
+    def told(measure: Statistic) -> Statistic:
+        measure.bounds = (low, high)  # type: ignore[attr-defined]
+        return measure
+
+    return told
 
 
 def needed(rows, *columns: str, what: str = "rows"):
@@ -142,12 +156,17 @@ def compare_with_authors(table: pd.DataFrame, path: Path | str) -> tuple[pd.Seri
     return ours, (theirs.iloc[-1] - theirs.iloc[0])[kinds], metric
 
 
-def mean_interval(values) -> tuple[float, float, float]:
-    """Mean over seeds (or prompts) with its 95% t-interval, which is infinitely wide for a single one."""
+def mean_interval(values, bounds: tuple[float, float] = (-math.inf, math.inf)) -> tuple[float, float, float]:
+    """Mean over seeds (or prompts) with its 95% t-interval, which is infinitely wide for a single one.
+
+    `bounds`: of what the values can be (`bounded`), where the interval ends.
+    """
     values = np.asarray(values)
     mean, n = float(values.mean()), len(values)
-    half = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf
-    return mean, mean - half, mean + half
+    if n == 1:
+        return mean, -math.inf, math.inf
+    half = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    return mean, max(mean - half, bounds[0]), min(mean + half, bounds[1])
 
 
 def in_interval(values, digits: int = 1) -> str:

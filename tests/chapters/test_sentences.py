@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lddyn import InputError
-from lddyn.chapters import claims, sentences
+from lddyn.chapters import claims, sentences, statistics
 from lddyn.engine import store
 from lddyn.engine.store import Run
 from lddyn.publish import build, display, notebooks, pages
@@ -140,3 +140,12 @@ def test_a_reason_stands_only_where_the_runs_bear_it_out(ledger, page):
     assert not build.refuted([right], "laptop")
     assert build.refuted([wrong], "laptop")[0].startswith("claims.yml, claim 1: {{change(kind=chosen) < 0}} fails")
     assert build.refuted([ledger("")], "laptop") == ["claims.yml, claim 1 is contradicted, and has no why"]
+
+
+def test_the_interval_of_a_correlation_ends_at_one():
+    tables = [rows for _, rows in table_of({"chosen": 5.0}).groupby("seed")]
+    measure = sentences.statistic("03_sft", "sft_chosen_order")
+    assert sentences.bounds(measure) == (-1, 1)
+    low, high = statistics.mean_interval([1.0, 0.9, 0.9], sentences.bounds(measure))[1:]
+    assert 0.7 < low < 0.8 and high == 1
+    assert sentences.judged(sentences.assertion("sft_chosen_order in [0.99, 1] | .2f", "03_sft"), tables)[1] == "holds"

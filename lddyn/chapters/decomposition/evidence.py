@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from lddyn.chapters.statistics import BELLS, at_most_as_symmetric, curve, partner_symmetry
+from lddyn.chapters.statistics import BELLS, at_most_as_symmetric, bounded, curve, partner_symmetry
 from lddyn.data.responses import RESPONSE_TYPES
 
 MAIN = {"sft": "SFT", "dpo": "DPO"}  # what the two whole runs are called; the others go by their variant
@@ -234,6 +234,7 @@ def late_stability(rows: pd.DataFrame) -> float:
     return float(stability(wide)[_settled(wide)].iloc[:-1].mean())
 
 
+@bounded(-1, 1)
 def kernel_rank_stability(table: pd.DataFrame, variants: bool = False) -> float:
     """`late_stability`, the smaller of SFT's and DPO's, or the smallest of the variants'."""
     parts = followed(table)
@@ -287,6 +288,7 @@ def bound_share(table: pd.DataFrame) -> float:
     return float((wide.lbk / wide.kernel_norm**2).max())
 
 
+@bounded(-1, 1)
 def stand_in_follows(table: pd.DataFrame, name: str) -> float:
     """Rank correlation over types of a stand-in ("LBK, released") with ||K||, mean over evaluations and SFT and DPO."""
     return float(np.mean([agreement_with_kernel(followed(table)[run])[name] for run in MAIN.values()]))
@@ -298,6 +300,7 @@ def bells_with_first_g(table: pd.DataFrame) -> float:
     return float(turns["G at the start"] - turns["A K G"])
 
 
+@bounded(-1, 1)
 def kernel_explains_change(table: pd.DataFrame) -> float:
     """Rank correlation over types but chosen of accumulated ||K|| with the end change of log pi a token in SFT."""
     rows = followed(table)["SFT"]
@@ -320,6 +323,7 @@ def step_heat(rows: pd.DataFrame, metric: str = "heat", evaluation: int = 0) -> 
     return wide.rename(columns=lambda name: name.removeprefix(f"{metric}_")).loc[kinds, kinds]
 
 
+@bounded(0, 1)
 def step_diagonal(table: pd.DataFrame) -> float:
     """Share of types that gain most themselves by a step on them, of both evaluations."""
     maps = [step_heat(followed(table)["SFT"], evaluation=n) for n in (0, -1)]
@@ -349,11 +353,13 @@ def _kernel_sizes(table: pd.DataFrame) -> np.ndarray:
     return (sizes + sizes.T) / 2  # both are estimates of one number: K_uo is the transpose of K_ou
 
 
+@bounded(-1, 1)
 def partner_rank_symmetry(table: pd.DataFrame) -> float:
     """`statistics.partner_symmetry` of ||K|| between the twelve types."""
     return partner_symmetry(_kernel_sizes(table))
 
 
+@bounded(0, 1)
 def symmetric_by_chance(table: pd.DataFrame) -> float:
     """Share of random symmetric matrices whose ranking of partners is at most as symmetric as that of ||K||."""
     return at_most_as_symmetric(_kernel_sizes(table))

@@ -11,6 +11,7 @@ from lddyn.chapters.statistics import (
     NATURAL,
     PATHS,
     bootstrapped_slope,
+    bounded,
     by_setting,
     change,
     curve,
@@ -92,6 +93,7 @@ def largest_change(table: pd.DataFrame, kinds: Sequence[str]) -> float:
     return max(end_change(table, kind) for kind in kinds)
 
 
+@bounded(-1, 1)
 def step_order(table: pd.DataFrame, kind: str, metric: str = "logp_sum") -> float:
     """Rank correlation of a metric of one type with the step: 1 where it rises throughout, -1 where it falls."""
     return order(curve(baseline(table), kind, metric))
@@ -126,6 +128,7 @@ def rephrases_where_chosen_is_up(table: pd.DataFrame) -> float:
     return float(since.chosen_semantic[since.chosen > 0].mean())
 
 
+@bounded(-1, 1)
 def margin_order(table: pd.DataFrame) -> float:
     """Rank correlation of the mean DPO margin with the step (beta plays no part)."""
     return order(margins(baseline(table), 1.0).mean(axis=1))
@@ -211,6 +214,7 @@ def _repetition(table: pd.DataFrame) -> pd.Series:
     return share.iloc[:, -1] - share.iloc[:, 0]
 
 
+@bounded(-1, 1)
 def repetition(table: pd.DataFrame) -> float:
     """Change over DPO of the share of repeated 4-grams in greedy answers, mean over prompts."""
     return float(_repetition(table).mean())
@@ -339,6 +343,7 @@ def extreme_end(ends: pd.DataFrame, columns: Sequence[str], end: str = "max") ->
     return float(ends[list(columns)].agg(end).agg(end))
 
 
+@bounded(0, 1)
 def share_falling(ends: pd.DataFrame, column: str) -> float:
     """Share of the settings with the larger learning rate in which a column ends below its start."""
     return float((ends[ends.lr == ends.lr.max()][column] < 0).mean())

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from lddyn.chapters.extend import judging
-from lddyn.chapters.statistics import curve, mean_interval, needed, share_won
+from lddyn.chapters.statistics import bounded, curve, mean_interval, needed, share_won
 from lddyn.data import preferences, world
 
 # --- what is compared: the arms, and other designs of the closed world ---------------------------------------
@@ -143,6 +143,7 @@ def scores(table: pd.DataFrame, arm: str, field: str = "score", decoding: str = 
     )
 
 
+@bounded(-1, 1)
 def lead(table: pd.DataFrame, epoch: int, over: Collection[int] = ()) -> float:
     """Share of prompts won minus share lost by extended against the baseline, after one of JUDGED epochs of DPO.
 
