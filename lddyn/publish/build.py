@@ -1,13 +1,18 @@
 """Build the book: execute what is stale, write the generated pages, render strictly."""
 
+import contextlib
 import hashlib
+import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -15,7 +20,7 @@ from filelock import FileLock, Timeout
 from lddyn import InputError, unknown
 from lddyn.chapters import claims, sentences
 from lddyn.data import preferences
-from lddyn.engine import pretraining, reach, recorded, settings, store
+from lddyn.engine import pool, pretraining, reach, recorded, settings, store
 from lddyn.publish import display, notebooks, pages
 from lddyn.workshop import estimate
 
@@ -57,7 +62,7 @@ def _shipped(code: Collection[str]) -> dict[str, str]:
 
 def execute(scale: str, force: bool) -> list[str]:
     """Execute every stale notebook into the book; returns one line for each failure, and goes on after it."""
-    failures, places = [], {name: pages.EXECUTED / f"{name}.ipynb" for name in pages.chapters()}
+    places = {name: pages.EXECUTED / f"{name}.ipynb" for name in pages.chapters()}
     now = {name: fingerprint(notebooks.notebook_path(name), scale) for name in places}
     stale = [name for name, out in places.items() if force or _metadata(out).get("fingerprint") != now[name]]
     if stale:
@@ -65,12 +70,36 @@ def execute(scale: str, force: bool) -> list[str]:
             f"lddyn: {len(stale)} of {len(places)} chapters to run at scale {scale}, {expected(stale, scale)}",
             flush=True,
         )
-    for name, out in places.items():
-        if name not in stale:
-            print(f"lddyn: {name} is fresh")
-        elif problem := _execute(name, out, scale, now[name]):
-            failures.append(f"{name}: {problem}")
+        compute(stale, scale)
+    for name in places.keys() - set(stale):
+        print(f"lddyn: {name} is fresh")
+    with pool.processes(2) as executor:  # the runs are there: these read, draw and think
+        waiting = {name: executor.submit(_execute, name, places[name], scale, now[name]) for name in stale}
+        failures = [f"{name}: {problem}" for name, future in waiting.items() if (problem := future.result())]
     return failures
+
+
+def compute(names: Collection[str], scale: str) -> None:
+    """Compute the runs of these chapters side by side in one pool, chapters that take long first.
+
+    What fails here fails again in its notebook, which says where.
+    """
+    began, seconds = store.now(), json.loads((pages.BOOK / "times.json").read_text())["seconds"].get(scale, {})
+    count = itertools.count(1)
+
+    def told(run: store.Run) -> None:
+        number = next(count)
+        if run.manifest["finished"] >= began:
+            print(f"lddyn: run {number}, {run.folder.name}: {run.manifest['seconds']:.0f} s", flush=True)
+
+    def chapter(name: str, executor: Executor) -> None:
+        run = import_module(f"lddyn.chapters.{sentences.room(name)}.run")
+        with contextlib.suppress(Exception):
+            run.runs(run.settings(scale, {}), executor=executor, done=told)
+
+    with pool.processes(os.cpu_count() or 1) as executor, ThreadPoolExecutor(len(names)) as threads:
+        for name in sorted(names, key=lambda name: -seconds.get(name, 0)):
+            threads.submit(chapter, name, executor)
 
 
 def expected(names: Iterable[str], scale: str) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from lddyn import unknown
 from lddyn.chapters.dpo.evidence import PAIRS, paired
 from lddyn.data import preferences, responses, reuse
-from lddyn.engine import models, recipe, store
+from lddyn.engine import models, pool, recipe, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import Encoded, first_difference
 from lddyn.engine.settings import choose, derive, lengths
@@ -155,6 +156,13 @@ def sft_like_dpo(c: Chapter) -> list[recipe.Stages]:
     """SFT of the untouched model on the same examples at DPO's learning rate and batch, one run a seed (claim 35)."""
     whole = replace(c, sft_lr=c.lr, sft_batch_size=c.batch_size)
     return recipe.stage_grid(whole, [math.ceil(c.epochs)], range(c.first_seed, c.first_seed + c.seeds))
+
+
+def runs(c: Chapter, **how) -> list[store.Run]:
+    """The runs of the chapter: DPO from each seed's SFT, and SFT at DPO's rate. how: as for `pool.run_all`."""
+    files = recipe.files(c)
+    aligned = pool.run_then(recipe.stages, stage_grid(c), align, partial(grid, c), files, **how)
+    return aligned + pool.run_all(recipe.stages, sft_like_dpo(c), files, **how)
 
 
 def from_base(c: Chapter) -> list[Align]:

@@ -11,7 +11,7 @@ import pandas as pd
 from lddyn import InputError, unknown
 from lddyn.chapters.extend.evidence import ARMS, MAIN, OTHER_DESIGNS
 from lddyn.data import world
-from lddyn.engine import models, recipe, store
+from lddyn.engine import models, pool, recipe, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import ProbeSet
 from lddyn.engine.settings import choose, derive, lengths
@@ -154,6 +154,21 @@ def world_grid(c: Chapter) -> list[Follow]:
         changed = {"data": d.data, "sft_epochs": d.sft_epochs, "lr": c.lr * d.rate, "evaluations": 2}
         runs += [replace(run, design=name, **changed) for run in first]
     return runs
+
+
+def natural_runs(c: Chapter, **how) -> list[store.Run]:
+    """The runs on natural text; how: as for `pool.run_all`."""
+    return pool.run_all(follow, natural_grid(c), recipe.files(c), **how)
+
+
+def world_runs(c: Chapter, **how) -> list[store.Run]:
+    """The runs in the closed world (`in_world`)."""
+    return pool.run_all(follow, world_grid(in_world(c)), recipe.files(in_world(c)), **how)
+
+
+def runs(c: Chapter, **how) -> list[store.Run]:
+    """The runs of the chapter."""
+    return natural_runs(c, **how) + world_runs(c, **how)
 
 
 def _every_arm(c: Chapter, **values) -> list[Follow]:

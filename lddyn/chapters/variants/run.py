@@ -146,11 +146,11 @@ def both_grids(c: Chapter, stage: store.Run) -> list[Vary]:
     return [*loss_grid(c, stage), *source_grid(c, stage)]
 
 
-def runs(c: Chapter) -> list[store.Run]:
-    """The runs of this chapter."""
+def runs(c: Chapter, **how) -> list[store.Run]:
+    """The runs of the chapter; how: as for `pool.run_all`."""
     seeds = range(c.first_seed, c.first_seed + c.seeds)
     stages = recipe.stage_grid(c, [c.sft_epochs], seeds)
-    return pool.run_then(recipe.stages, stages, vary, partial(both_grids, c), recipe.files(c))
+    return pool.run_then(recipe.stages, stages, vary, partial(both_grids, c), recipe.files(c), **how)
 
 
 # --- pairs -------------------------------------------------------------------------------------------------
