@@ -137,9 +137,9 @@ def test_account_reads_the_distribution_that_predicts_each_token(model_folder):
 
 
 def test_repetition_counts_runs_that_occurred_before():
-    assert dpo.repetition("one two three four five six seven") == 0.0
-    assert dpo.repetition("a b c d " * 10) == pytest.approx(1 - 4 / 37)
-    assert dpo.repetition("too short") == 0.0
+    assert responses.repetition("one two three four five six seven") == 0.0
+    assert responses.repetition("a b c d " * 10) == pytest.approx(1 - 4 / 37)
+    assert responses.repetition("too short") == 0.0
 
 
 # --- the runs

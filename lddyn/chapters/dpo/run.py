@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lddyn import unknown
 from lddyn.chapters.dpo.evidence import PAIRS, paired
-from lddyn.data import preferences, responses, reuse
+from lddyn.data import preferences, responses
 from lddyn.engine import models, pool, recipe, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import Encoded, first_difference
@@ -237,19 +237,12 @@ def mass_rows(before, after, encoded: Encoded, count: int, step: int, batch_size
     return store.long(rows)
 
 
-def repetition(text: str, n: int = 4) -> float:
-    """Share of the runs of `n` words that occurred before in the same text (rep-n), 0 to 1; 0 for a short text."""
-    words = reuse.words(text)
-    runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
 def repetition_rows(written: Sequence[dict], batch_size: int) -> pd.DataFrame:
-    """`rep4` (`repetition`) and log pi of greedy answers, nats summed, as rows of a long table."""
+    """`rep4` (`responses.repetition`) and log pi of greedy answers, nats summed, as rows of a long table."""
     return store.long(
         (a["step"], a["step"] * batch_size, a["prompt_id"], "greedy", metric, value)
         for a in written
-        for metric, value in (("rep4", repetition(a["text"])), ("logp_sum", min(a["logp"], 0.0)))
+        for metric, value in (("rep4", responses.repetition(a["text"])), ("logp_sum", min(a["logp"], 0.0)))
     )
 
 

@@ -178,7 +178,7 @@ def make_pairs(policy, tokenizer, examples: Sequence[dict], draw: int, s: Vary) 
         return Pairs(prompts, chosen, rejected)
     count = 1 if source.chosen_from_data else s.candidates
     repeated = [p for p in prompts for _ in range(count)]
-    drawn = recipe.sample(policy, tokenizer, repeated, s.max_response, draw, s.max_prompt, batch_size=128)
+    drawn = probes.sample(policy, tokenizer, repeated, s.max_response, draw, s.max_prompt, batch_size=128)
     texts = [answer.text.strip() or "." for answer in drawn]  # an empty answer cannot be encoded
     if source.chosen_from_data:
         return Pairs(prompts, chosen, texts)
@@ -310,8 +310,8 @@ def push(lm, tokenizer, probed: ProbeSet, s: Vary) -> pd.DataFrame:
     """
     how, prompts = {"max_prompt": s.max_prompt, "batch_size": 128}, probed.prompts[: s.pushes]
     own = {
-        "greedy": recipe.greedy(lm, tokenizer, prompts, s.max_response, **how),
-        "sampled": recipe.sample(lm, tokenizer, prompts, s.max_response, s.seed, **how),
+        "greedy": probes.greedy(lm, tokenizer, prompts, s.max_response, **how),
+        "sampled": probes.sample(lm, tokenizer, prompts, s.max_response, s.seed, **how),
     }
     encoded = probed.encode(tokenizer, **lengths(s))
     watched = encoded._replace(responses={kind: encoded.responses[kind] for kind in WATCHED})
