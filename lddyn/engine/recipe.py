@@ -137,7 +137,7 @@ class KeepStages(ProbeCallback):
     """Also keeps the weights after some optimiser steps: `places` maps the step to the folder."""
 
     def __init__(self, probe_set: ProbeSet, places: dict[int, Path], **lengths: Any):
-        super().__init__(probe_set, at=[0, *places], **lengths)
+        super().__init__(probe_set, at=[0, *places], thresholds=None, **lengths)
         self.places = places
 
     def on_step_end(

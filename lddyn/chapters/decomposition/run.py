@@ -331,7 +331,7 @@ class Watch(ProbeCallback):
     """
 
     def __init__(self, probe_set: ProbeSet, at: Sequence[int], every: int, block: int, look: Callable, **lengths):
-        super().__init__(probe_set, at=at, **lengths)
+        super().__init__(probe_set, at=at, thresholds=None, **lengths)
         self.spacing, self.block, self.look, self.starts = every, block, look, {}
 
     def _begins(self, step: int, last: int) -> list[int]:

@@ -268,7 +268,7 @@ def align(work: Path, s: Align) -> pd.DataFrame:
     texts = ([e[field] for e in examples] for field in ("prompt", "chosen", "rejected"))
     rows = dpo_rows(tokenizer, *texts, **lengths(s))
     steps = int(-(-len(rows) // s.batch_size) * s.epochs)
-    callback = ProbeCallback(probed, at=store.dense_early(steps, s.evaluations), **lengths(s))
+    callback = ProbeCallback(probed, at=store.dense_early(steps, s.evaluations), thresholds=None, **lengths(s))
     before = recipe.answers(lm, tokenizer, probed, s.generate, s)
     how = derive(Training, s, method="dpo", checkpoints=4 if s.measure == "all" else 1)
     log = train(work, lm, tokenizer, rows, callback, how)

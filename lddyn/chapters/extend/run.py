@@ -186,7 +186,7 @@ class Answering(ProbeCallback):
     def __init__(
         self, probe_set: ProbeSet, tokenizer, examples: Sequence[dict], steps: Collection[int], folder: Path, s, at
     ):
-        super().__init__(probe_set, at=at, **lengths(s))
+        super().__init__(probe_set, at=at, thresholds=None, **lengths(s))
         self.tokenizer, self.examples, self.steps, self.folder, self.s = tokenizer, examples, steps, folder, s
 
     def _measure(self, args, state, model) -> None:
@@ -240,7 +240,7 @@ def sft(work: Path, lm, tokenizer, examples: Sequence[dict], probed: ProbeSet, s
     rows = sft_rows(tokenizer, prompts, answers, **lengths(s))
     steps = -(-len(rows) // s.sft_batch_size) * s.sft_epochs * times
     at = {round(steps * n / (s.sft_evaluations - 1)) for n in range(s.sft_evaluations)}
-    callback = ProbeCallback(probed, at=at, **lengths(s))
+    callback = ProbeCallback(probed, at=at, thresholds=None, **lengths(s))
     of_sft = {"lr": s.sft_lr, "epochs": s.sft_epochs * times, "batch_size": s.sft_batch_size}
     train(work, lm, tokenizer, rows, callback, derive(Training, s, checkpoints=1, **of_sft))
     table = callback.table()

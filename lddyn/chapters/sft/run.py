@@ -111,7 +111,7 @@ def finetune(work: Path, s: Finetune) -> pd.DataFrame:
         raise unknown("target", s.target, texts)
     rows = sft_rows(tokenizer, [e["prompt"] for e in examples], texts[s.target], **lengths(s))
     steps = -(-len(rows) // s.batch_size) * s.epochs
-    callback = ProbeCallback(probed, at=store.dense_early(steps, s.evaluations), **lengths(s))
+    callback = ProbeCallback(probed, at=store.dense_early(steps, s.evaluations), thresholds=None, **lengths(s))
     before = recipe.answers(lm, tokenizer, probed, s.generate, s)
     log = train(work, lm, tokenizer, rows, callback, derive(Training, s))
     after = recipe.answers(lm, tokenizer, probed, s.generate, s)

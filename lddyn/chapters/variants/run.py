@@ -201,7 +201,7 @@ class StopAtMargin(ProbeCallback):
     """Ends training at the first evaluation at which the mean margin of the training prompts has reached `stop`."""
 
     def __init__(self, probe_set: ProbeSet, stop: float, beta: float, **how):
-        super().__init__(probe_set, **how)
+        super().__init__(probe_set, thresholds=None, **how)
         self.stop, self.beta = stop, beta
 
     def on_step_end(self, args, state, control, **others):
