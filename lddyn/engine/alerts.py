@@ -61,16 +61,17 @@ def numbers(first: pd.DataFrame, now: pd.DataFrame) -> dict[str, float]:
     before, after = _means(first), _means(now)
     split = "train" if any(key[0] == "train" for key in after) else "test"
     change = {key[1:]: after[key] - before[key] for key in after if key[0] == split and key in before}
-    told = {f"logp/{split}/{kind}": value for (split, kind, what), value in after.items() if what == "logp_sum"}
-    changes = {kind: change[kind, "logp_sum"] for kind in PATHS if (kind, "logp_sum") in change}
+    logp, top = (
+        {kind: value for (kind, what), value in change.items() if what == metric}
+        for metric in ("logp_sum", "argmax_logp_sum")
+    )
+    changes = {kind: logp[kind] for kind in PATHS if kind in logp}
     if len(changes) == 2:
-        changes["margin"] = changes["chosen"] - changes["rejected"]
-    for kind in PATHS:
-        if (kind, "argmax_logp_sum") in change:
-            changes[f"argmax_along_{kind}"] = change[kind, "argmax_logp_sum"]
-    unpushed = [change[kind, "logp_sum"] for kind in UNPUSHED if (kind, "logp_sum") in change]
-    if unpushed:
+        changes["margin"] = logp["chosen"] - logp["rejected"]
+    changes |= {f"argmax_along_{kind}": top[kind] for kind in PATHS if kind in top}
+    if unpushed := [logp[kind] for kind in UNPUSHED if kind in logp]:
         changes["unpushed"] = sum(unpushed) / len(unpushed)
+    told = {f"logp/{part}/{kind}": value for (part, kind, what), value in after.items() if what == "logp_sum"}
     if ("greedy", "rep4") in change:
         told["repetition"], changes["repetition"] = after[split, "greedy", "rep4"], change["greedy", "rep4"]
     told |= {f"change/{name}": value for name, value in changes.items()}
@@ -96,13 +97,13 @@ def raised(told: dict[str, float], step: int, limits: Thresholds) -> list[Alert]
         found["chosen falls"] = (
             f"chosen answers have fallen by {-chosen:.1f} nats a response while the margin rose by {margin:.1f}"
         )
-    pairs = [(change[kind], change[f"argmax_along_{kind}"]) for kind in PATHS if kind in change]
-    if pairs:
-        answers, peak = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+    if paths := [kind for kind in PATHS if f"argmax_along_{kind}" in change]:
+        answers = sum(change[kind] for kind in paths) / len(paths)
+        peak = sum(change[f"argmax_along_{kind}"] for kind in paths) / len(paths)
         if peak >= limits.peak and answers < 0:
             found["mass moves to y*"] = (
-                f"y*, the likeliest token at each place, has risen by {peak:.1f} nats along the answers of the pairs, "
-                f"which changed by {answers:+.1f} (means of {' and '.join(kind for kind in PATHS if kind in change)})"
+                f"y*, the likeliest token at each place, has risen by {peak:.1f} nats along {' and '.join(paths)} "
+                f"answers, which changed by {answers:+.1f} (means)"
             )
     repetition = change.get("repetition", 0.0)
     if repetition >= limits.repetition:

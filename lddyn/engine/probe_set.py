@@ -212,7 +212,7 @@ class ProbeSet:
         elsewhere = cycle(e["unrelated"] for e in preferences.load("builtin", "test"))
         examples = [{"unrelated": text} | e for e, text in zip([*of_train, *of_test], elsewhere, strict=False)]
         kinds = [kind for kind in RESPONSE_TYPES if kind in examples[0] or kind in BUILT]
-        if not of_test:
+        if len(of_test) < 2:  # none has an answer to another prompt
             kinds = [kind for kind in kinds if kind in examples[0] or kind not in ("other_test", "test_shuffled")]
         responses = response_types(examples, of_test, of_train, seed, kinds)
         ids = [f"{split}/{e['id']}" for split, part in (("train", of_train), ("test", of_test)) for e in part]
