@@ -20,9 +20,7 @@ settings = DPOConfig(
     output_dir=f"{out}/trainer", learning_rate=1e-4, per_device_train_batch_size=4, num_train_epochs=2,
     bf16=False, report_to="none", save_strategy="no",
 )  # fmt: skip
-trainer = DPOTrainer(
-    model=model, ref_model=reference, args=settings, train_dataset=data, processing_class=tokenizer
-)  # fmt: skip
+trainer = DPOTrainer(model, ref_model=reference, args=settings, train_dataset=data, processing_class=tokenizer)
 
 callback = ProbeCallback(trainer, every=2, output_dir=out, max_prompt=64, max_response=64)  # <- one
 trainer.add_callback(callback)  # <- two

@@ -9,9 +9,8 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, 
 from lddyn.engine.callback import ProbeCallback
 
 script, settings, model = TrlParser((ScriptArguments, DPOConfig, ModelConfig)).parse_args_and_config()
-settings.model_init_kwargs = {"dtype": model.dtype, "revision": model.model_revision} | (
-    settings.model_init_kwargs or {}
-)
+options = {"dtype": model.dtype, "revision": model.model_revision, "attn_implementation": model.attn_implementation}
+settings.model_init_kwargs = options | (settings.model_init_kwargs or {})
 data = load_dataset(script.dataset_name, name=script.dataset_config)
 trainer = DPOTrainer(
     model.model_name_or_path,

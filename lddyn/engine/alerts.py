@@ -129,7 +129,7 @@ def log(
 
 
 def tell(alert: Alert, args: TrainingArguments, state: TrainerState) -> None:
-    """An alert as a `Caution`, a line of the log "lddyn", a row of the trainer's log, and trackio's where that is on."""
+    """An alert as a `Caution`, a line of the log "lddyn", a row of the trainer's log, and trackio's in use."""
     if not state.is_world_process_zero:
         return
     LOG.info("alert, %s", alert)

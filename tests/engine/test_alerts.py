@@ -234,7 +234,7 @@ def test_greedy_text_is_what_the_model_says(tmp_path):
     [("03_sft", "main", []), ("05_dpo", "from_chat", []), ("05_dpo", "after_sft", ["mass moves to y*"])],
 )
 def test_recorded_runs_on_a_real_model_raise_what_the_page_says(chapter, group, raised):
-    """book/run_it.md: DPO after SFT moves mass to y*; SFT, and DPO from the chat model, do not."""
+    """book/other_models.md: DPO after SFT moves mass to y*; SFT, and DPO from the chat model, do not."""
     runs = recorded.read(chapter, group)
     assert len(runs) >= 3
     for run in runs:

@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from lddyn import InputError, __main__
 from lddyn.data import preferences
@@ -46,7 +48,7 @@ def test_two_lines_in_a_trl_script_give_curves_and_scorecard(model_folder, data,
 
 
 @pytest.mark.slow
-def test_a_file_for_trl_dpo_trains_with_probes_by_the_script_that_ships(model_folder, pairs, tmp_path):
+def test_the_script_that_ships_trains_what_trl_dpo_trains_and_probes_it(model_folder, pairs, tmp_path):
     (tmp_path / "data").mkdir()
     for split, rows in (("train", pairs(12)), ("test", pairs(18)[12:])):
         (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -54,10 +56,14 @@ def test_a_file_for_trl_dpo_trains_with_probes_by_the_script_that_ships(model_fo
     settings |= {"output_dir": str(tmp_path / "out"), "max_steps": 3, "per_device_train_batch_size": 4}
     settings |= {"learning_rate": 1e-3, "use_cpu": True, "bf16": False, "report_to": "none"}
     (tmp_path / "dpo.yml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, EXAMPLES / "trl_dpo_with_probes.py", "--config", str(tmp_path / "dpo.yml")]
-    example(command, HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    cache = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    words = ["--config", str(tmp_path / "dpo.yml")]
+    example([sys.executable, EXAMPLES / "trl_dpo_with_probes.py", *words], **cache)
+    example([sys.executable, "-m", "trl.scripts.dpo", *words, "--output_dir", str(tmp_path / "plain")], **cache)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
     run = store.load(tmp_path / "out" / "probes")
-    assert run.table.step.unique().tolist() == [0, 3] and (tmp_path / "out" / "model.safetensors").exists()
+    assert run.table.step.unique().tolist() == [0, 3]
     assert set(run.table.prompt_id.str.partition("/")[0]) == {"train", "test"}
     logged = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in logged if "lddyn/change/chosen" in row] == [0, 3]
