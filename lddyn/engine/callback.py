@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lddyn import Caution, InputError
+from lddyn import Caution, InputError, first_line
 from lddyn.data.responses import repetition
 from lddyn.engine import alerts, cache, models, probes, reach, store
 from lddyn.engine.alerts import Alert, Thresholds, Trainer
@@ -40,7 +40,7 @@ def _parts(folder: Path) -> dict[int, Path]:
 
 def _probes_of(trainer: Trainer) -> ProbeSet:
     """Pairs that a trainer trains on, and pairs of its evaluation set, which are taken as not trained on."""
-    if not hasattr(trainer, "train_dataset"):
+    if getattr(trainer, "train_dataset", None) is None:
         raise InputError("ProbeCallback needs a ProbeSet, or a trainer with a train_dataset to draw one from")
     held_out = trainer.eval_dataset
     if isinstance(held_out, dict):
@@ -56,7 +56,7 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not fol
     it, its trackers get them too (wandb, trackio, TensorBoard).
 
     `every` counts optimiser steps; `at` names steps one by one instead; the last one is always measured. `thresholds`
-    when an alert is raised, once each, and None that none is. `generate`: so many prompts are answered greedily at each
+    say when an alert is raised, once each; None raises none. `generate`: so many prompts are answered greedily at each
     evaluation, to see whether text begins to repeat; it costs `max_response` forward passes.
 
     Training is bit-identical with and without it. With an `output_dir` every evaluation is on disk when it is made, and
@@ -171,8 +171,7 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not fol
 
     def _stop(self, where: str, error: Exception) -> None:
         if self.stopped is None:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self.stopped = f"ProbeCallback measures no more since {where}: {reason}"
+            self.stopped = f"ProbeCallback measures no more since {where}: {first_line(error)}"
             warnings.warn(self.stopped, Caution, stacklevel=2)
 
     def _continue(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -223,9 +222,12 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not fol
             return
         self._measure(args, state, model)
         told, new = self._noticed(self.parts[-1])
-        alerts.log(told, args, state, control, self.trainer if trackers else None)
-        for alert in new:
-            alerts.tell(alert, args, state)
+        try:
+            alerts.log(told, args, state, control, self.trainer if trackers else None)
+            for alert in new:
+                alerts.tell(alert, args, state)
+        except Exception as error:  # a tracker that is away is no reason to measure no more, on one process alone
+            warnings.warn(f"ProbeCallback could not tell what it measured: {first_line(error)}", Caution, stacklevel=2)
 
     def _measure(self, args: TrainingArguments, state: TrainerState, model: Model) -> None:
         with in_full_precision(models.whole(model)) as plain:

@@ -189,20 +189,7 @@ class ProbeSet:
         `train/` or `test/`. Raises `InputError` for rows without these texts, and for a bad row that is drawn, unless
         `skip_bad_rows` says to draw another ("rows").
         """
-        first = _pair(next(iter(train), {}))
-        if lacking := [kind for kind in ("chosen", "rejected") if kind not in first]:
-            raise InputError(
-                f"the pairs have no texts of {' and '.join(lacking)}, their columns are {', '.join(first) or 'none'}: "
-                "make the probes of the data set before it is tokenised (ProbeSet.from_dataset), or of a file"
-            )
-        texts = [first.get("prompt"), first["chosen"]]
-        if all(isinstance(text, str) for text in texts) and re.fullmatch(r"\S\S", texts[0][-1:] + texts[1][:1]):
-            warnings.warn(
-                "answers follow their prompts without a space, so training sees other tokens than the probes, "
-                "which put one there",
-                Caution,
-                stacklevel=2,
-            )
+        _check_pairs(_pair(next(iter(train), {})))
         of_train, of_test = (
             _drawn(pairs, split, count, seed, skip_bad_rows)
             for pairs, split, count in ((train, "train", n), (held_out, "test", n_test))
@@ -258,6 +245,23 @@ class ProbeSet:
                     f"the first: prompt {equal[0]!r}; raise max_response or leave them out"
                 )
         return encoded
+
+
+def _check_pairs(first: dict[str, Any]) -> None:
+    """Raise `InputError` unless the first row has the texts of a pair; a `Caution` where they are joined otherwise."""
+    if lacking := [kind for kind in ("chosen", "rejected") if kind not in first]:
+        raise InputError(
+            f"the pairs have no texts of {' and '.join(lacking)}, their columns are {', '.join(first) or 'none'}: "
+            "make the probes of the data set before it is tokenised (ProbeSet.from_dataset), or of a file"
+        )
+    prompt, chosen = first.get("prompt"), first["chosen"]
+    if isinstance(prompt, str) and isinstance(chosen, str) and re.fullmatch(r"\S\S", prompt[-1:] + chosen[:1]):
+        warnings.warn(
+            "answers follow their prompts without a space, so training sees other tokens than the probes, "
+            "which put one there",
+            Caution,
+            stacklevel=3,
+        )
 
 
 def _drawn(pairs: Any, split: str, count: int, seed: int, skip_bad_rows: str) -> list[Example]:

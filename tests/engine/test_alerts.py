@@ -108,6 +108,17 @@ def test_without_a_trainer_the_numbers_are_in_its_log_alone(tmp_path):
     assert "lddyn/logp/train/chosen" in told(trainer)[0] and "lddyn/change/unpushed" not in told(trainer)[0]
 
 
+def test_a_tracker_that_fails_ends_neither_the_training_nor_the_probes(tmp_path):
+    class Away(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            if "lddyn/change/chosen" in logs:
+                raise ConnectionError("no route to the tracker")
+
+    with pytest.warns(Caution, match="could not tell what it measured: no route to the tracker"):
+        probed = watched(dpo(tmp_path, 1e-3, Away(), max_steps=2))
+    assert probed.table().step.unique().tolist() == [0, 2] and probed.stopped is None
+
+
 def test_a_training_that_is_stopped_is_measured_at_its_end_after_the_trackers_have_finished(tmp_path):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):

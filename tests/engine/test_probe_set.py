@@ -146,7 +146,7 @@ def test_pairs_without_texts_are_one_line():
         ProbeSet.from_pairs([])
 
 
-def test_a_bad_row_is_named_or_another_one_is_drawn(trainer_of):
+def test_a_bad_row_is_named_or_another_one_is_drawn():
     rows = [row | ({"rejected": row["chosen"]} if i % 2 else {}) for i, row in enumerate(PLAIN)]
     with pytest.raises(InputError, match=r"train pairs, row \d+: chosen and rejected are equal"):
         ProbeSet.from_pairs(rows, n=12)
