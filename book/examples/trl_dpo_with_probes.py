@@ -4,7 +4,7 @@
 """
 
 from datasets import load_dataset
-from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from lddyn.engine.callback import ProbeCallback
 
@@ -17,6 +17,7 @@ trainer = DPOTrainer(
     args=settings,
     train_dataset=data[script.dataset_train_split],
     eval_dataset=data.get(script.dataset_test_split),
+    quantization_config=get_quantization_config(model),
     peft_config=get_peft_config(model),
 )
 trainer.add_callback(ProbeCallback(trainer, output_dir=f"{settings.output_dir}/probes"))
