@@ -87,7 +87,7 @@ def test_make_pre_commit_and_ci_check_the_same():
         "ruff check .", "ruff format --check .", "mypy",
     ]  # fmt: skip
     steps = re.findall(r"^make (.*)", (ROOT / ".ci" / "run").read_text(), re.M)
-    assert steps == ["check", "book SCALE=smoke", "browser", "test"]
+    assert steps == ["check", "book SCALE=smoke STRICT=1", "browser", "test"]
     assert all((ROOT / path).exists() for path in re.findall(r"tests/\S+", make))
 
 

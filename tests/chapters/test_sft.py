@@ -117,10 +117,13 @@ def test_bell_needs_a_rise_and_a_fall():
     assert evidence.bell_rise(table_of(bell | {"rejected": [0.0, -1.0, -2.0]})) == 0
 
 
-def test_sign_delta_is_the_smoothed_change_over_the_root_of_a_and_the_residual():
-    table = table_of({"chosen": [0.0, 2.0, 2.0]}).assign(target="chosen")
-    change = 2.0 / np.sqrt(4.0) / 0.5  # then 0, smoothed with 0.9
-    assert statistics.sign_delta(table, "chosen")["chosen"] == pytest.approx(change + 0.9 * change)
+def test_sign_delta_is_the_sum_of_changes_over_the_root_of_a_and_the_residual():
+    """Smoothed before the sum, the first of a few evaluations counts for most of it."""
+    table = table_of({"chosen": [0.0, 2.0, 2.0, 4.0]}).assign(target="chosen")
+    change = 2.0 / np.sqrt(4.0) / 0.5  # then 0, then the same
+    assert statistics.sign_delta(table, "chosen")["chosen"] == pytest.approx(2 * change)
+    smoothed = change * (1 + 0.9 + (0.81 + 0.1))  # with 0.9
+    assert statistics.sign_delta(table, "chosen", smoothed=True)["chosen"] == pytest.approx(smoothed)
 
 
 def test_main_run_is_told_from_the_small_ones_by_its_number_of_prompts():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lddyn.chapters import claims
+from lddyn.chapters import claims, sentences
 from lddyn.engine import store
 from lddyn.publish import build, notebooks, pages
 
@@ -120,4 +120,4 @@ def test_a_notebook_reaches_at_most_25_files_and_no_other_chapter(name):
     files = {each.partition(":")[0] if ":" in each else each.rpartition(".")[0] for each in code}
     assert len(files) <= 25, sorted(files)
     chapters = {file.split(".")[2] for file in files if file.startswith("lddyn.chapters.") and file.count(".") == 3}
-    assert chapters == {claims.room(name)}
+    assert chapters == {sentences.room(name)}
