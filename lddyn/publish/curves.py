@@ -27,12 +27,13 @@ Panels = Sequence[Mapping[str, Any]]
 class Model(NamedTuple):
     name: str
     table: pd.DataFrame  # of its runs (`store.frame`)
-    steps: tuple[float, ...] = ()  # optimiser steps in a unit of x, one for each column of panels; none: not known
+    steps: tuple[float, ...] = ()  # optimiser steps in a unit of x, for each column of panels; none: not known
+    seeds: tuple[int, ...] = (1,)  # for each column of panels
     x: str = ""  # what the axis counts, where not what the figure says
 
 
 def views(figure: str, drawn: Panels, runs: Sequence[store.Run]) -> list[dict[str, Any]]:
-    """The views of a figure, `model, unit, seeds, panels` of each; none where its curves do not answer.
+    """The views of a figure, `model, unit, panels` of each; none where its curves do not answer.
 
     drawn: what it draws (`style.panels`); runs: of its chapter.
     """
@@ -60,11 +61,13 @@ def per_token(table: pd.DataFrame) -> pd.DataFrame:
 def _view(model: Model, unit: str, drawn: Panels) -> dict[str, Any]:
     shown = []
     for panel in drawn:
-        steps = model.steps[panel["column"] % len(model.steps)] if model.steps else None
+        column = panel["column"]
+        steps = model.steps[column % len(model.steps)] if model.steps else None
         y = panel["y"].replace("(nats)", "(nats per token)") if unit == "per token" else panel["y"]
         kept = {key: panel[key] for key in ("title", "row", "column", "series")}
-        shown.append(kept | {"x": model.x or panel["x"], "y": y, "steps": steps})
-    return {"model": model.name, "unit": unit, "seeds": int(model.table.seed.nunique()), "panels": shown}
+        seeds = model.seeds[column % len(model.seeds)]
+        shown.append(kept | {"x": model.x or panel["x"], "y": y, "steps": steps, "seeds": seeds})
+    return {"model": model.name, "unit": unit, "panels": shown}
 
 
 # --- the models of a chapter -------------------------------------------------------------------------------------
@@ -74,7 +77,11 @@ def _model(name: str, runs: Sequence[store.Run], **which: object) -> Model:
     """Of these runs those with the values of some parameters; the axis counts epochs."""
     kept = [run for run in runs if which.items() <= run.manifest["parameters"].items()]
     table = store.frame(kept)
-    return Model(name, table, (table.step.max() / kept[0].manifest["parameters"]["epochs"],))
+    return Model(name, table, (table.step.max() / kept[0].manifest["parameters"]["epochs"],), _seeds(table))
+
+
+def _seeds(table: pd.DataFrame) -> tuple[int]:
+    return (int(table.seed.nunique()),)
 
 
 def _logs(*kinds: str) -> list[Model]:
@@ -88,7 +95,7 @@ def _logs(*kinds: str) -> list[Model]:
             for at, value in zip(run["at"], curve, strict=True)
         ]
         name = f"released log: {run['model']}, {run['run']} ({run['repository'].split('/')[0]})"
-        found.append(Model(name, store.long(values).assign(seed=0), (float(run["at"][-1]),), "share of the log"))
+        found.append(Model(name, store.long(values).assign(seed=0), (float(run["at"][-1]),), x="share of the log"))
     return found
 
 
@@ -107,13 +114,20 @@ def _dpo(runs: Sequence[store.Run]) -> list[Model]:
 
 
 def _extend(runs: Sequence[store.Run]) -> list[Model]:
-    return [Model("small model", store.frame([r for r in runs if r.manifest["parameters"]["design"] == "natural"]))]
+    table = store.frame([run for run in runs if run.manifest["parameters"]["design"] == "natural"])
+    return [Model("small model", table, seeds=_seeds(table))]
+
+
+def _losses(runs: Sequence[store.Run]) -> list[Model]:
+    table = loss_runs(store.frame(runs))
+    return [Model("small model", table, seeds=_seeds(table))]
 
 
 def _side_by_side(models: Sequence[Model]) -> list[Model]:
     """All models in one table, told by its column `side`."""
     whole = pd.concat([model.table.assign(side=n) for n, model in enumerate(models)], ignore_index=True)
-    return [Model("", whole, tuple(model.steps[0] for model in models))]
+    steps, seeds = (tuple(getattr(model, key)[0] for model in models) for key in ("steps", "seeds"))
+    return [Model("", whole, steps, seeds)]
 
 
 # --- the figures -------------------------------------------------------------------------------------------------
@@ -142,8 +156,8 @@ DRAW: dict[str, tuple[Callable, Callable]] = {  # how to find the models of a fi
     "fig-05-paths": (_dpo, lambda model, _: squeezed_paths(model.table, model.steps[0])),
     "fig-05-real": (lambda runs: _side_by_side(_dpo(runs)), _beside),
     "fig-06-stops": (
-        lambda runs: [Model("small model", loss_runs(store.frame(runs)))],
-        lambda model, drawn: margins_over_steps(model.table, [one["name"] for one in drawn[0]["series"]]),
+        _losses,
+        lambda model, drawn: margins_over_steps(model.table, [s["name"] for s in drawn[0]["series"]]),
     ),
     "fig-07-two-stages": (_extend, _stages),
 }

@@ -9,7 +9,7 @@ import csv
 import inspect
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -20,6 +20,12 @@ from lddyn.publish import curves
 
 COLUMNS = ("panel", "series", "x axis", "y axis", "x", "y", "low", "high")
 LONGEST = 1000  # letters of an alternative text
+NOUNS = {
+    "line": ("line", "lines"),
+    "points": ("set of points", "sets of points"),
+    "bars": ("set of bars", "sets of bars"),
+    "cells": ("row of cells", "rows of cells"),
+}
 Panels = Sequence[Mapping[str, Any]]
 
 
@@ -68,32 +74,33 @@ def words(drawn: Panels) -> str:
 
 
 def _axes(panel: Mapping[str, Any]) -> str:
-    title = f"{panel['title']}; " if panel["title"] else ""
-    over = f" over {panel['x']}" if panel["x"] else ""
-    return f"{title}{panel['y'] or 'value'}{over}" if panel["y"] != panel["title"] else f"{panel['title']}{over}"
+    what = "; ".join(filter(None, dict.fromkeys((panel["title"], panel["y"])))) or "value"
+    return f"{what} over {panel['x']}" if panel["x"] else what
 
 
 def _each_series(of: Panels) -> str:
     told = []
     for one in of[0]["series"]:
-        name, y = one["name"] or "all", one["y"]
-        if one["kind"] == "cells" or (one["kind"] == "points" and len(y) > 2) or len(y) > 30:
-            told.append(f"{name}, {len(y)} {one['kind']} between {min(y):.3g} and {max(y):.3g}")
-        elif one["kind"] == "bars":
-            told.append(f"{name}, bars " + ", ".join(f"{x} {value:.3g}" for x, value in zip(one["x"], y, strict=True)))
-        elif one["kind"] == "line" and len(y) > 1:
-            told.append(f"{name} from {y[0]:.3g} to {y[-1]:.3g}")
+        kind, y = one["kind"], one["y"]
+        if kind == "line" and len(y) > 1:
+            ends = f"from {y[0]:.3g} to {y[-1]:.3g}"
+        elif kind == "cells" or len(y) > 12:
+            ends = f"{len(y)} {kind} between {min(y):.3g} and {max(y):.3g}"
         else:
-            told.append(f"{name} {', '.join(f'{value:.3g}' for value in y)}")
+            ends = ", ".join(f"{value:.3g}{_at(x)}" for x, value in zip(one["x"], y, strict=True))
+        told.append(f"{one['name']} {ends}".strip())
     return "; ".join(told)
+
+
+def _at(x: float | str | None) -> str:
+    return "" if x is None else f" at {x if isinstance(x, str) else format(x, '.3g')}"
 
 
 def _together(of: Panels) -> str:
     series = [one for panel in of for one in panel["series"]]
     kinds = {kind: sum(one["kind"] == kind for one in series) for kind in dict.fromkeys(one["kind"] for one in series)}
     values = [value for one in series for value in one["y"]]
-    named = {"line": "lines", "points": "sets of points", "bars": "sets of bars", "cells": "rows of cells"}
-    counts = " and ".join(f"{number} {named[kind]}" for kind, number in kinds.items())
+    counts = " and ".join(f"{number} {NOUNS[kind][number > 1]}" for kind, number in kinds.items())
     return f"{counts} between {min(values):.3g} and {max(values):.3g}"
 
 
@@ -129,13 +136,23 @@ def drawing(sources: Sequence[str], n: int) -> tuple[str, list[ast.Call], bool]:
     judged = {name for call in results for name in _names(call.args[2])}
     drawn = next(c for c in _calls(ast.parse(sources[n])) if _dotted(c).startswith(("figures.", "style.")))
     needed, reads, own = _names(drawn), [], False
-    for statement in reversed(ast.parse("\n".join(sources[: n + 1])).body):
+    for statement in reversed([part for source in sources[: n + 1] for part in _statements(source)]):
         if bound := _bound(statement) & needed:
             own |= bool(bound & judged)
             needed -= bound if isinstance(statement, ast.Assign) else set()
             needed |= _names(statement)
             reads += _calls(statement)
     return _dotted(drawn), reads, own
+
+
+def _statements(source: str) -> Iterator[ast.stmt]:
+    """Those of a cell; `a, b = c, d` counts as two."""
+    for statement in ast.parse(source).body:
+        match statement:
+            case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Tuple(elts=values)) if len(names) == len(values):
+                yield from (ast.Assign([name], value) for name, value in zip(names, values, strict=True))
+            case _:
+                yield statement
 
 
 def _calls(tree: ast.AST) -> list[ast.Call]:
@@ -147,18 +164,25 @@ def _dotted(call: ast.Call) -> str:
 
 
 def _names(tree: ast.AST) -> set[str]:
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    """The names that it reads."""
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    return read - _own(tree)
+
+
+def _own(tree: ast.AST) -> set[str]:
+    """The names that its comprehensions bind."""
+    targets = [node.target for node in ast.walk(tree) if isinstance(node, ast.comprehension)]
+    return {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
 
 
 def _bound(statement: ast.stmt) -> set[str]:
     """The names that a statement gives a value, or changes an entry of."""
-    inner = {id(n) for c in ast.walk(statement) if isinstance(c, ast.comprehension) for n in ast.walk(c.target)}
     bound = {statement.name} if isinstance(statement, ast.FunctionDef) else set()
     for node in ast.walk(statement):
-        if isinstance(getattr(node, "ctx", None), ast.Store) and id(node) not in inner:
+        if isinstance(getattr(node, "ctx", None), ast.Store):
             base = node.value if isinstance(node, ast.Subscript) else node
             bound |= {base.id} if isinstance(base, ast.Name) else set()
-    return bound
+    return bound - _own(statement)
 
 
 def where(function: str, sources: Sequence[str]) -> str:
@@ -186,7 +210,7 @@ def origins(chapter: str, scale: str, runs: Sequence[store.Run], reads: Sequence
     commands, made = [], {}
     if runs:
         made[f"runs of this chapter, scale {scale}"] = origin(runs)
-    for call in reads:
+    for call in reversed(reads):
         arguments = [str(a.value) for a in call.args if isinstance(a, ast.Constant)]
         if _dotted(call) == "recorded.read":
             group = "/".join(arguments)
