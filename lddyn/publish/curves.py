@@ -30,6 +30,7 @@ class Model(NamedTuple):
     steps: tuple[float, ...] = ()  # optimiser steps in a unit of x, for each column of panels; none: not known
     seeds: tuple[int, ...] = (1,)  # for each column of panels
     x: str = ""  # what the axis counts, where not what the figure says
+    stages: tuple[float, float] = (0, 0)  # epochs of SFT and of the DPO after it
 
 
 def views(figure: str, drawn: Panels, runs: Sequence[store.Run]) -> list[dict[str, Any]]:
@@ -114,8 +115,14 @@ def _dpo(runs: Sequence[store.Run]) -> list[Model]:
 
 
 def _extend(runs: Sequence[store.Run]) -> list[Model]:
-    table = store.frame([run for run in runs if run.manifest["parameters"]["design"] == "natural"])
-    return [Model("small model", table, seeds=_seeds(table))]
+    own = [run for run in runs if run.manifest["parameters"]["design"] == "natural"]
+    found = []
+    for name, kept in {"small model": own, "SmolLM2-135M": recorded.read("07_extend", "natural")}.items():
+        if kept:
+            table, parameters = store.frame(kept), kept[0].manifest["parameters"]
+            stages = parameters["sft_epochs"], parameters["epochs"]
+            found.append(Model(name, table, seeds=_seeds(table), stages=stages))
+    return found
 
 
 def _losses(runs: Sequence[store.Run]) -> list[Model]:
@@ -139,11 +146,6 @@ def _beside(model: Model, drawn: Panels) -> Figure:
     return two_scales({head: (sides[head], steps) for head, steps in zip(heads, model.steps, strict=True)})
 
 
-def _stages(model: Model, drawn: Panels) -> Figure:
-    x = [value for one in drawn[0]["series"] if one["name"] == "baseline" for value in one["x"]]
-    return two_stages(model.table, -min(x), max(x))
-
-
 def _kinds(model: Model, _: Panels) -> Figure:
     return response_curves(model.table, model.steps[0])
 
@@ -159,5 +161,5 @@ DRAW: dict[str, tuple[Callable, Callable]] = {  # how to find the models of a fi
         _losses,
         lambda model, drawn: margins_over_steps(model.table, [s["name"] for s in drawn[0]["series"]]),
     ),
-    "fig-07-two-stages": (_extend, _stages),
+    "fig-07-two-stages": (_extend, lambda model, _: two_stages(model.table, *model.stages)),
 }

@@ -18,7 +18,6 @@ import torch
 
 from lddyn.engine.store import ROOT
 from lddyn.publish import figures, notebooks, pdf
-from lddyn.theory import softmax
 
 pytestmark = pytest.mark.browser
 HTML = ROOT / "book" / "_build" / "html"
@@ -266,15 +265,6 @@ def test_the_playground_starts_from_the_ten_lines_of_chapter_5(playground):
     state = {"overlap": 0.2, "chosen": names["chosen"], "rejected": names["rejected"], "raised": 0, "steps": 299}
     path = torch.tensor(playground.evaluate("state => playground.dpo(state)", state), dtype=torch.float64)
     assert (path[-1] - names["logp"]).abs().max() < 1e-9
-
-
-def test_the_playground_steps_as_the_package_does(playground):
-    for sign, eta in (("negative", -3.0), ("positive", 3.0)):
-        state = {"peakiness": 2.6, "pushed": 49, "pulled": 40, "strength": 3.0, "sign": sign}
-        after = torch.tensor(playground.evaluate("state => playground.step(state).after", state), dtype=torch.float64)
-        y = torch.tensor(state["pushed" if eta < 0 else "pulled"])
-        expected = softmax.step(softmax.zipf(50, 2.6).double(), y, eta).softmax(-1)
-        assert (after - expected).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize(
