@@ -1,4 +1,4 @@
-"""Path (b): your own TRL script with three more lines (marked), and the curves and scorecard of that run at the end.
+"""Path (b): your own TRL script with two more lines (marked), and the curves and scorecard of that run at the end.
 
 .venv/bin/python book/examples/my_trainer.py MODEL PAIRS.jsonl OUT
 """
@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from lddyn.engine.callback import ProbeCallback
-from lddyn.engine.probe_set import ProbeSet
 from lddyn.workshop import report
 
 name, pairs, out = sys.argv[1:4]
@@ -21,13 +20,10 @@ settings = DPOConfig(
     output_dir=f"{out}/trainer", learning_rate=1e-4, per_device_train_batch_size=4, num_train_epochs=2,
     bf16=False, report_to="none", save_strategy="no",
 )  # fmt: skip
+trainer = DPOTrainer(model, ref_model=reference, args=settings, train_dataset=data, processing_class=tokenizer)
 
-probes = ProbeSet.from_jsonl(pairs)  # <- one
-callback = ProbeCallback(probes, every=2, output_dir=out, max_prompt=64, max_response=64)  # <- two
-trainer = DPOTrainer(
-    model=model, ref_model=reference, args=settings, train_dataset=data, processing_class=tokenizer,
-    callbacks=[callback],  # <- three
-)  # fmt: skip
+callback = ProbeCallback(trainer, every=2, output_dir=out, max_prompt=64, max_response=64)  # <- one
+trainer.add_callback(callback)  # <- two
 trainer.train()
 
 print(report.write([out], method="dpo"))  # the same as: python -m lddyn report OUT --method dpo

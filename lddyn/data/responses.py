@@ -1,6 +1,7 @@
 """The twelve types of response to a prompt, and how those that data lack are built (section 4, app. D.1)."""
 
 import itertools
+import re
 import warnings
 from collections.abc import Collection, Sequence
 
@@ -77,6 +78,18 @@ def _of_others(examples: Sequence[Example], pool: Sequence[Example], seed: int) 
 def _shuffled(texts: Sequence[str], seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     return [" " + " ".join(rng.permutation(text.split())) for text in texts]
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case, punctuation left out."""
+    return re.findall(r"[\w'.]*\w", text.lower())
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Share of the runs of `n` words that occurred before in the same text (rep-n), 0 to 1; 0 for a short text."""
+    said = words(text)
+    runs = [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def style_accuracy(chosen: Sequence[str], rejected: Sequence[str], unit: str = "word") -> float:

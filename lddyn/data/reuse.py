@@ -1,11 +1,6 @@
 """Spans of one text in another: what a generated answer takes over word by word from answers to other questions."""
 
-import re
-
-
-def words(text: str) -> list[str]:
-    """The words of a text in lower case, punctuation left out."""
-    return re.findall(r"[\w'.]*\w", text.lower())
+from lddyn.data.responses import words
 
 
 def ngrams(text: str, n: int = 4) -> set[tuple[str, ...]]:

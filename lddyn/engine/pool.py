@@ -110,10 +110,15 @@ def _pool(workers: int, executor: Executor | None) -> Iterator[Callable[..., Fut
         start = _call
         yield submit
     else:
-        loud, spawn = logging.getLogger("lddyn").isEnabledFor(logging.INFO), get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=as_worker, initargs=(loud,)) as pool:
+        with processes(workers) as pool:
             start = pool.submit
             yield submit
+
+
+def processes(workers: int) -> ProcessPoolExecutor:
+    """New processes of one thread each, as an executor."""
+    loud, spawn = logging.getLogger("lddyn").isEnabledFor(logging.INFO), get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=as_worker, initargs=(loud,))
 
 
 def _call(function: Callable[..., store.Run], *args: Any, **options: Any) -> Future[store.Run]:

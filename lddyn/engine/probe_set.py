@@ -6,18 +6,24 @@
 Training reads its rows through the same encoding.
 """
 
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lddyn import Caution, InputError, unknown
-from lddyn.data import rows
-from lddyn.data.responses import RESPONSE_TYPES
+from lddyn.data import preferences, rows
+from lddyn.data.responses import RESPONSE_TYPES, Example, response_types
 from lddyn.data.rows import Turn, joined
 
 FORMATS = ("auto", "chat", "plain")
+BUILT = ("other_train", "other_test", "unrelated", "chosen_shuffled", "test_shuffled")  # from pairs, without a model
+END = re.compile(r"<[^<>\s]*>$")  # a token's name: TRL writes the end of text behind plain answers that it tokenises
 Model = Any  # a causal LM of `transformers`, perhaps wrapped by PEFT
 Tokenizer = Any  # one of `transformers`
 
@@ -76,8 +82,8 @@ def _cut(tokenizer: Tokenizer, ids: list[int], max_prompt: int) -> list[int]:
     return ids if len(ids) <= max_prompt else start + ids[len(ids) - max_prompt + len(start) :]
 
 
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
-    """Place of the first token in which two sequences differ; or the length of the shorter one."""
+def first_difference(a: Sequence[object], b: Sequence[object]) -> int:
+    """Place of the first token (or character) in which two sequences differ; or the length of the shorter one."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -135,6 +141,70 @@ class ProbeSet:
         responses = {kind: [e[kind] for e in found] for kind in RESPONSE_TYPES if kind in found[0]}
         return cls([e["prompt"] for e in found], responses, [e["id"] for e in found])
 
+    @classmethod
+    def from_dataset(
+        cls,
+        data: Any,
+        split: str = "train",
+        held_out: Any = None,
+        n: int = 24,
+        n_test: int = 8,
+        seed: int = 0,
+        skip_bad_rows: str = "no",
+    ) -> "ProbeSet":
+        """`from_pairs` of a `datasets.Dataset`, of a split of a `DatasetDict`, or of what `preferences.load` takes.
+
+        The last is a JSON Lines file, a folder or a hub id, as text. `held_out`: pairs that are not trained on, as a
+        data set, or as the name of another split; none unless it is given.
+        """
+        if isinstance(data, Mapping):
+            for name in (split, held_out):
+                if isinstance(name, str) and name not in data:
+                    raise unknown("split", name, data)
+            data, held_out = data[split], data[held_out] if isinstance(held_out, str) else held_out
+        elif isinstance(data, str | Path):
+            source = str(data)
+            data = preferences.load(source, split, skip_bad_rows=skip_bad_rows)
+            if isinstance(held_out, str):
+                held_out = preferences.load(source, held_out, skip_bad_rows=skip_bad_rows)
+        if isinstance(held_out, str):
+            raise InputError(f"held_out={held_out!r} names a split, but data is a single one: pass the other data set")
+        return cls.from_pairs(data, held_out or (), n, n_test, seed, skip_bad_rows)
+
+    @classmethod
+    def from_pairs(
+        cls,
+        train: Iterable[Mapping[str, Any]],
+        held_out: Iterable[Mapping[str, Any]] = (),
+        n: int = 24,
+        n_test: int = 8,
+        seed: int = 0,
+        skip_bad_rows: str = "no",
+    ) -> "ProbeSet":
+        """Draw `n` pairs that are trained on and `n_test` that are not; the types that need no model are built (BUILT).
+
+        `train`, `held_out`: rows with `prompt`, `chosen` and `rejected` as texts or messages, or with a prompt that
+        both answers begin with, as TRL takes them: `trainer.train_dataset`, or a list of dictionaries. Rows of a stream
+        are the first ones. `unrelated` is from the built-in set; `other_test` needs `held_out`. Prompt ids start with
+        `train/` or `test/`. Raises `InputError` for rows without these texts, and for a bad row that is drawn, unless
+        `skip_bad_rows` says to draw another ("rows").
+        """
+        _check_pairs(_pair(next(iter(train), {})))
+        of_train, of_test = (
+            _drawn(pairs, split, count, seed, skip_bad_rows)
+            for pairs, split, count in ((train, "train", n), (held_out, "test", n_test))
+        )
+        if not of_train:
+            raise InputError("none of the pairs that are trained on can be probed")
+        elsewhere = cycle(e["unrelated"] for e in preferences.load("builtin", "test"))
+        examples = [{"unrelated": text} | e for e, text in zip([*of_train, *of_test], elsewhere, strict=False)]
+        kinds = [kind for kind in RESPONSE_TYPES if kind in examples[0] or kind in BUILT]
+        if len(of_test) < 2:  # none has an answer to another prompt
+            kinds = [kind for kind in kinds if kind in examples[0] or kind not in ("other_test", "test_shuffled")]
+        responses = response_types(examples, of_test, of_train, seed, kinds)
+        ids = [f"{split}/{e['id']}" for split, part in (("train", of_train), ("test", of_test)) for e in part]
+        return cls([e["prompt"] for e in examples], responses, ids)
+
     def encode(
         self, tokenizer: Tokenizer, max_prompt: int = 256, max_response: int = 256, format: str = "auto"
     ) -> Encoded:
@@ -175,6 +245,49 @@ class ProbeSet:
                     f"the first: prompt {equal[0]!r}; raise max_response or leave them out"
                 )
         return encoded
+
+
+def _check_pairs(first: dict[str, Any]) -> None:
+    """Raise `InputError` unless the first row has the texts of a pair; a `Caution` where they are joined otherwise."""
+    if lacking := [kind for kind in ("chosen", "rejected") if kind not in first]:
+        raise InputError(
+            f"the pairs have no texts of {' and '.join(lacking)}, their columns are {', '.join(first) or 'none'}: "
+            "make the probes of the data set before it is tokenised (ProbeSet.from_dataset), or of a file"
+        )
+    prompt, chosen = first.get("prompt"), first["chosen"]
+    if isinstance(prompt, str) and isinstance(chosen, str) and re.fullmatch(r"\S\S", prompt[-1:] + chosen[:1]):
+        warnings.warn(
+            "answers follow their prompts without a space, so training sees other tokens than the probes, "
+            "which put one there",
+            Caution,
+            stacklevel=3,
+        )
+
+
+def _drawn(pairs: Any, split: str, count: int, seed: int, skip_bad_rows: str) -> list[Example]:
+    """So many examples of a split: drawn where the number of rows is known, else the first ones."""
+    if hasattr(pairs, "__len__"):
+        order = np.random.default_rng(seed).permutation(len(pairs)).tolist()
+        numbered: Iterator[tuple[int, Any]] = ((number, pairs[number]) for number in order)
+    else:
+        numbered = enumerate(pairs)
+    named = ((f"{split} pairs, row {number}", _pair(row)) for number, row in numbered)
+    return rows.examples(named, f"{split} pairs", limit=count, skip_bad_rows=skip_bad_rows)
+
+
+def _pair(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what TRL's trainers write into texts, and with the prompt that it leaves to its two answers."""
+    row = dict(row)
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if "chosen_ids" in row:
+            chosen, rejected = END.sub("", chosen), END.sub("", rejected)
+        if not any(row.get(name) for name in ("prompt", *rows.PROMPTS)) and "\n\nAssistant:" not in chosen:
+            start = first_difference(chosen, rejected)
+            start -= chosen[:start].endswith(" ")  # the space belongs to the answers
+            row["prompt"], chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
+        row |= {"chosen": chosen, "rejected": rejected}
+    return row
 
 
 def _whole(

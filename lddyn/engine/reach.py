@@ -22,7 +22,7 @@ from typing import NamedTuple
 # of `pretrain` itself counts its code.
 CARRIERS = tuple(
     f"lddyn.engine.{name}"
-    for name in ("cache", "gguf", "pool", "pretraining", "progress", "reach", "recorded", "released")
+    for name in ("alerts", "cache", "gguf", "pool", "pretraining", "progress", "reach", "recorded", "released")
 )
 BESIDE = {"transformers": "tokenizers"}  # a library that works inside another one, whoever imports it
 NUMERICAL = ("numpy", "peft", "scipy", "sklearn", "tokenizers", "torch", "transformers", "trl")

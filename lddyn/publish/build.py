@@ -1,22 +1,27 @@
 """Build the book: execute what is stale, write the generated pages, render strictly."""
 
+import contextlib
 import hashlib
+import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from lddyn import InputError, unknown
-from lddyn.chapters import claims
+from lddyn.chapters import claims, sentences
 from lddyn.data import preferences
-from lddyn.engine import pretraining, reach, recorded, settings, store
-from lddyn.publish import notebooks, pages
+from lddyn.engine import pool, pretraining, reach, recorded, settings, store
+from lddyn.publish import display, notebooks, pages
 from lddyn.workshop import estimate
 
 SCALES = ("smoke", "laptop", "paper")
@@ -36,12 +41,15 @@ def fingerprint(notebook: Path, scale: str) -> str:
 
 
 def reached(notebook: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Hashes of what a notebook's cells and the statistics of its rules reach, and the versions of the libraries."""
+    """Hashes of what the cells of a notebook and the statistics that it names reach, and the versions of libraries."""
     cells = json.loads(notebook.read_text())["cells"]
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     rules = claims.of_chapter(notebook.stem)
     measured = [part for rule in rules for part in claims.parts(rule) if part["chapter"] == notebook.stem]
-    judged = [claims.statistic(part["chapter"], part["statistic"]) for part in measured]
+    texts = [(code, notebook.stem), *((rule.get("why", ""), rule["chapter"]) for rule in rules)]
+    asserted = [one for text, chapter in texts for one in sentences.assertions(text, chapter)]
+    named = [(part["chapter"], part["statistic"]) for part in measured] + [one[:2] for one in asserted]
+    judged = [sentences.statistic(*name) for name in named if name[0] == notebook.stem]
     return reach.of_code(code, *((f.__module__, f.__name__) for f in judged))
 
 
@@ -54,7 +62,7 @@ def _shipped(code: Collection[str]) -> dict[str, str]:
 
 def execute(scale: str, force: bool) -> list[str]:
     """Execute every stale notebook into the book; returns one line for each failure, and goes on after it."""
-    failures, places = [], {name: pages.EXECUTED / f"{name}.ipynb" for name in pages.chapters()}
+    places = {name: pages.EXECUTED / f"{name}.ipynb" for name in pages.chapters()}
     now = {name: fingerprint(notebooks.notebook_path(name), scale) for name in places}
     stale = [name for name, out in places.items() if force or _metadata(out).get("fingerprint") != now[name]]
     if stale:
@@ -62,12 +70,36 @@ def execute(scale: str, force: bool) -> list[str]:
             f"lddyn: {len(stale)} of {len(places)} chapters to run at scale {scale}, {expected(stale, scale)}",
             flush=True,
         )
-    for name, out in places.items():
-        if name not in stale:
-            print(f"lddyn: {name} is fresh")
-        elif problem := _execute(name, out, scale, now[name]):
-            failures.append(f"{name}: {problem}")
+        compute(stale, scale)
+    for name in places.keys() - set(stale):
+        print(f"lddyn: {name} is fresh")
+    with pool.processes(2) as executor:  # the runs are there: these read, draw and think
+        waiting = {name: executor.submit(_execute, name, places[name], scale, now[name]) for name in stale}
+        failures = [f"{name}: {problem}" for name, future in waiting.items() if (problem := future.result())]
     return failures
+
+
+def compute(names: Collection[str], scale: str) -> None:
+    """Compute the runs of these chapters side by side in one pool, chapters that take long first.
+
+    What fails here fails again in its notebook, which says where.
+    """
+    began, seconds = store.now(), json.loads((pages.BOOK / "times.json").read_text())["seconds"].get(scale, {})
+    count = itertools.count(1)
+
+    def told(run: store.Run) -> None:
+        number = next(count)
+        if run.manifest["finished"] >= began:
+            print(f"lddyn: run {number}, {run.folder.name}: {run.manifest['seconds']:.0f} s", flush=True)
+
+    def chapter(name: str, executor: Executor) -> None:
+        run = import_module(f"lddyn.chapters.{sentences.room(name)}.run")
+        with contextlib.suppress(Exception):
+            run.runs(run.settings(scale, {}), executor=executor, done=told)
+
+    with pool.processes(os.cpu_count() or 1) as executor, ThreadPoolExecutor(len(names)) as threads:
+        for name in sorted(names, key=lambda name: -seconds.get(name, 0)):
+            threads.submit(chapter, name, executor)
 
 
 def expected(names: Iterable[str], scale: str) -> str:
@@ -136,10 +168,11 @@ def table_of(parameters: Iterable[settings.Parameter]) -> str:
 # --- rendering ---------------------------------------------------------------------------------------------
 
 
-def build(scale: str, force: bool = False) -> int:
+def build(scale: str, force: bool = False, strict: bool = False) -> int:
     """What `make book` does. Returns the exit code: 0, or 1 when a notebook failed or the renderer warned.
 
-    A second build waits for the first, and then finds everything fresh.
+    With `strict` also 1 where a text says what its table does not (`refuted`), which is printed anyhow. A second build
+    waits for the first, and then finds everything fresh.
     """
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
@@ -153,10 +186,10 @@ def build(scale: str, force: bool = False) -> int:
         print("lddyn: another build of this book is running; waiting for it")
         held = lock.acquire()
     with held:
-        return _build(scale, force)
+        return _build(scale, force, strict)
 
 
-def _build(scale: str, force: bool) -> int:
+def _build(scale: str, force: bool, strict: bool) -> int:
     failures = execute(scale, force)
     if failures:
         for line in failures:
@@ -168,14 +201,38 @@ def _build(scale: str, force: bool) -> int:
     pages.write_across(shown)
     pages.write_chapters(shown)
     pages.write_citation()
-    pages.write_scorecard(claims.verdicts(shown))
+    entries = claims.verdicts(shown)
+    pages.write_scorecard(entries)
+    on_first_page = pages.write_found(entries)
     pages.write_paper_scale(shown)
     pages.write_status()
     pages.write_data_card()
     pages.write_model_card()
     pages.write_bench()
     pages.write_sweeps()
-    return render()
+    if wrong := [*on_first_page, *refuted(entries, scale)]:
+        print(*(f"lddyn: not borne out: {line}" for line in wrong), sep="\n", file=sys.stderr)
+    return render() or (1 if strict and wrong else 0)
+
+
+def refuted(entries: Iterable[Mapping], scale: str) -> list[str]:
+    """What the texts of the pages assert of runs at this scale, or of recorded ones, and their tables do not bear out.
+
+    entries: all claims, judged. Their reasons (`why`) are about runs at laptop scale, where each verdict other than
+    *replicated* needs one.
+    """
+    wrong = []
+    for name in pages.chapters():
+        cells = json.loads((pages.EXECUTED / f"{name}.ipynb").read_text())["cells"]
+        outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+        wrong += [f"{name}: {line}" for data in outputs for line in data.get(display.REFUTED, [])]
+    for entry in entries if scale == "laptop" else []:
+        where = f"{claims.LEDGER.name}, claim {entry['id']}"
+        if entry["verdict"] not in ("replicated", "not attempted"):
+            wrong += [f"{where}: {line}" for line in entry["refuted"]]
+            if not entry["why"] and not entry["refuted"]:
+                wrong.append(f"{where} is {entry['verdict']}, and has no why")
+    return wrong
 
 
 def jupyter_book(*options: str) -> subprocess.CompletedProcess:

@@ -106,7 +106,9 @@ def _together(of: Panels) -> str:
 
 # --- the figures of chapters -------------------------------------------------------------------------------------
 
-REMAKE = {  # how a kept table is made again, where it is not a sweep
+REMAKE = {  # how a kept table is made again that is no sweep, and recorded runs that `make pretrained` does not make
+    "01_mnist/mnist": "python -m lddyn run 01_mnist -p data mnist -p n_train 1000 -p n_test 9000 -p record mnist "
+    "--out mnist.ipynb",
     "recorded/when_top_rises": "python -m lddyn run 05_dpo -p few 128 -p seeds 8 -p first_seed 300 "
     "-p record book/recorded/when_top_rises.json --out larger.ipynb",
 }
@@ -215,7 +217,7 @@ def origins(chapter: str, scale: str, runs: Sequence[store.Run], reads: Sequence
         if _dotted(call) == "recorded.read":
             group = "/".join(arguments)
             made[f"recorded runs {group}"] = origin(recorded.read(*arguments))
-            commands.append(f"make pretrained PIECES={group}")
+            commands.append(REMAKE.get(group, f"make pretrained PIECES={group}"))
         elif _dotted(call) == "store.kept":
             made[f"recorded table book/{arguments[0]}.json"] = store.in_words(store.kept(arguments[0])[1])
             commands.append(REMAKE.get(arguments[0], f"python -m lddyn sweep book/{arguments[0]}.yml"))

@@ -12,10 +12,10 @@ from lddyn.chapters import statistics
 from lddyn.chapters.variants import evidence, figures
 from lddyn.chapters.variants import run as variants
 from lddyn.data import preferences, world
-from lddyn.engine import models, recipe, store, training
+from lddyn.engine import models, probes, recipe, store, training
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import ProbeSet
-from lddyn.engine.recipe import Decoded
+from lddyn.engine.probes import Decoded
 from lddyn.theory import losses
 
 matplotlib.use("Agg")
@@ -91,7 +91,7 @@ def sampler(monkeypatch, texts: dict):
             seen[prompt] += 1
         return answers
 
-    monkeypatch.setattr(recipe, "sample", sample)
+    monkeypatch.setattr(probes, "sample", sample)
 
 
 def test_ranked_pairs_are_the_best_and_the_worst_and_ties_give_none(monkeypatch):

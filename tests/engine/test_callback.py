@@ -1,6 +1,10 @@
 """The callback in other people's trainers: it never takes a training down, and says what it could not measure."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -9,12 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerState
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from lddyn import Caution, InputError
 from lddyn.engine import models, store
-from lddyn.engine.callback import ProbeCallback
+from lddyn.engine.callback import ProbeCallback, read
 from lddyn.engine.probe_set import ProbeSet
 
 PAIRS = [
@@ -31,7 +35,7 @@ def small(model_folder):
 def callback(**options) -> ProbeCallback:
     some = PAIRS[:3]
     probes = ProbeSet([p["prompt"] for p in some], {k: [p[k] for p in some] for k in ("chosen", "rejected")})
-    return ProbeCallback(probes, **{"every": 2} | options)
+    return ProbeCallback(probes, **{"every": 2, "thresholds": None} | options)
 
 
 def trained(small, folder: Path, *callbacks, resume=None, calls: int = 1, tokenizer=None, **options):
@@ -113,6 +117,74 @@ def test_what_is_measured_is_on_disk_at_once(small, tmp_path):
     assert seen == [2, 3] and not (tmp_path / "out" / "parts").exists()
 
 
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import test_callback as here
+from lddyn.engine import models
+
+class Killed(here.ProbeCallback):
+    def on_step_end(self, args, state, control, **more):
+        super().on_step_end(args, state, control, **more)
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+probes = here.callback().probe_set
+here.trained(models.read(sys.argv[2]), sys.argv[3], Killed(probes, every=2, output_dir=sys.argv[3]))
+"""
+
+
+def test_what_was_measured_before_a_crash_is_read_with_one_call(small, model_folder, tmp_path):
+    words = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(model_folder("llama")), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(store.ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = read(tmp_path)
+    whole = callback(output_dir=tmp_path / "whole")
+    trained(small, tmp_path / "run", whole)
+    table = whole.table()
+    pd.testing.assert_frame_equal(left, table[table.step < 4])
+    pd.testing.assert_frame_equal(read(tmp_path / "whole"), table)
+
+
+def test_nothing_is_read_where_nothing_was_measured(tmp_path):
+    with pytest.raises(store.RecordError, match="unreadable record"):
+        read(tmp_path)
+
+
+def test_what_a_broken_run_left_does_not_mix_with_that_of_the_next(small, tmp_path):
+    probes = callback(output_dir=tmp_path / "out", every=1)
+    trained(small, tmp_path / "a", probes, max_steps=3)
+    (tmp_path / "out" / "parts").mkdir()
+    for part in probes.parts[1:]:
+        probes._keep(tmp_path / "out", part)
+    again, seen = callback(output_dir=tmp_path / "out"), []
+    end = again.on_step_end
+
+    def look(args, state, control, **more):
+        end(args, state, control, **more)
+        seen.append(read(tmp_path / "out").step.unique().tolist())
+
+    again.on_step_end = look
+    trained(small, tmp_path / "b", again, max_steps=2)
+    assert seen == [[0], [0, 2]]
+
+
+def test_a_resumed_run_that_breaks_again_leaves_all_that_was_measured(small, tmp_path):
+    out, saving = tmp_path / "out", {"save_strategy": "steps", "save_steps": 4}
+    trained(small, tmp_path / "run", callback(output_dir=out), **saving)
+    probes, seen = callback(output_dir=out), []
+    end = probes.on_step_end
+
+    def look(args, state, control, **more):
+        end(args, state, control, **more)
+        seen.append(read(out).step.unique().tolist())
+
+    probes.on_step_end = look
+    trained(small, tmp_path / "run", probes, resume=True, **saving | {"max_steps": 6})
+    assert seen == [[0, 2, 4], [0, 2, 4, 6]]
+
+
 def test_a_disk_that_is_full_ends_the_probes_and_not_the_training(small, tmp_path, monkeypatch):
     def full(*_):
         raise store.RecordError("cannot write: No space left on device")
@@ -125,8 +197,9 @@ def test_a_disk_that_is_full_ends_the_probes_and_not_the_training(small, tmp_pat
 
 def test_a_processor_gives_its_tokenizer(small, tmp_path):
     probes = callback()
-    state = types.SimpleNamespace(global_step=0, is_world_process_zero=True, train_batch_size=2)
-    probes.on_train_begin(None, state, None, model=small[0], processing_class=types.SimpleNamespace(tokenizer=small[1]))
+    probes.on_train_begin(
+        None, TrainerState(), None, model=small[0], processing_class=types.SimpleNamespace(tokenizer=small[1])
+    )
     assert len(probes.table()) and probes.stopped is None
 
 

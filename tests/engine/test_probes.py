@@ -24,8 +24,7 @@ from lddyn import InputError
 from lddyn.data.responses import RESPONSE_TYPES
 from lddyn.engine import probes, store
 from lddyn.engine.probe_set import Encoded, ProbeSet
-from lddyn.engine.probes import measure, per_token
-from lddyn.engine.recipe import greedy, sample
+from lddyn.engine.probes import greedy, measure, per_token, sample
 from lddyn.theory.influence import normalization
 
 VOCAB = 300

@@ -8,7 +8,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from lddyn import InputError
 from lddyn.data.rows import Dialogue
-from lddyn.engine import recipe, training
+from lddyn.engine import probes, training
 from lddyn.engine.probe_set import ProbeSet, ends_of_turn
 
 SPECIAL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|head|>", "<|eot|>", "<bos>"]
@@ -110,5 +110,5 @@ def test_an_answer_ends_where_the_template_ends_a_turn(tokenizer_with):
         model.lm_head.weight.zero_()
         model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
         model.lm_head.bias[end] = 9.0
-    (answer,) = recipe.greedy(model, tokenizer, [Dialogue([USER])], 5)
+    (answer,) = probes.greedy(model, tokenizer, [Dialogue([USER])], 5)
     assert answer.tokens == [end] and answer.text == ""

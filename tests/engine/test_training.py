@@ -69,7 +69,7 @@ def test_killed_training_resumes_to_the_same_end(model_folder, probe_set, tmp_pa
         reference = models.snapshot(model)
         if lora:
             model = training.with_adapters(model, lora, seed=0)
-        callback = ProbeCallback(probe_set, every=4, **LENGTHS)
+        callback = ProbeCallback(probe_set, every=4, thresholds=None, **LENGTHS)
         if kill_at:
             step_end = callback.on_step_end
 

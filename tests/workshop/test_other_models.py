@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from lddyn import InputError, __main__
 from lddyn.data import preferences
@@ -37,12 +39,34 @@ def example(command, **environment):
 
 
 @pytest.mark.slow
-def test_three_lines_in_a_trl_script_give_curves_and_scorecard(model_folder, data, tmp_path):
+def test_two_lines_in_a_trl_script_give_curves_and_scorecard(model_folder, data, tmp_path):
     model = str(model_folder("llama"))
     out = example([sys.executable, EXAMPLES / "my_trainer.py", model, str(data), str(tmp_path / "mine")])
     assert "29  holds" in out and "40  not measured" in out
     html = (tmp_path / "mine" / "report.html").read_text()
     assert "<svg" in html and "http" not in html.split("</svg>")[1] and "one seed" in html
+
+
+@pytest.mark.slow
+def test_the_script_that_ships_trains_what_trl_dpo_trains_and_probes_it(model_folder, pairs, tmp_path):
+    (tmp_path / "data").mkdir()
+    for split, rows in (("train", pairs(12)), ("test", pairs(18)[12:])):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"model_name_or_path": str(model_folder("llama")), "dataset_name": str(tmp_path / "data")}
+    settings |= {"output_dir": str(tmp_path / "out"), "max_steps": 3, "per_device_train_batch_size": 4}
+    settings |= {"learning_rate": 1e-3, "use_cpu": True, "bf16": False, "report_to": "none"}
+    (tmp_path / "dpo.yml").write_text(yaml.safe_dump(settings))
+    cache = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    words = ["--config", str(tmp_path / "dpo.yml")]
+    example([sys.executable, EXAMPLES / "trl_dpo_with_probes.py", *words], **cache)
+    example([sys.executable, "-m", "trl.scripts.dpo", *words, "--output_dir", str(tmp_path / "plain")], **cache)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    run = store.load(tmp_path / "out" / "probes")
+    assert run.table.step.unique().tolist() == [0, 3]
+    assert set(run.table.prompt_id.str.partition("/")[0]) == {"train", "test"}
+    logged = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in logged if "lddyn/change/chosen" in row] == [0, 3]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lddyn import unknown
 from lddyn.data import preferences, responses
-from lddyn.engine import models, recipe, store
+from lddyn.engine import models, pool, recipe, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import Encoded, ProbeSet
 from lddyn.engine.settings import choose, derive, lengths
@@ -145,6 +146,13 @@ def dpo_grid(c: Chapter, stage: store.Run) -> list[Follow]:
     before = Follow(**stage.manifest["parameters"])
     how = {"epochs": c.dpo_epochs, "lr": c.dpo_lr, "batch_size": c.dpo_batch_size, "model": recipe.base_model(c)}
     return [replace(before, method="dpo", stage=str(stage.folder), **how)] if before.whole else []
+
+
+def runs(c: Chapter, **how) -> list[store.Run]:
+    """The runs of the chapter, SFT and the DPO that follows; how: as for `pool.run_all`."""
+    files = recipe.files(c)
+    dpo = pool.run_then(follow, grid(c), follow, partial(dpo_grid, c), files, **how)
+    return pool.run_all(follow, grid(c), files, workers=1) + dpo  # the first are all there
 
 
 def drawn(data: str, count: int, seed: int, skip_bad_rows: str = "no") -> list[responses.Example]:
@@ -323,7 +331,7 @@ class Watch(ProbeCallback):
     """
 
     def __init__(self, probe_set: ProbeSet, at: Sequence[int], every: int, block: int, look: Callable, **lengths):
-        super().__init__(probe_set, at=at, **lengths)
+        super().__init__(probe_set, at=at, thresholds=None, **lengths)
         self.spacing, self.block, self.look, self.starts = every, block, look, {}
 
     def _begins(self, step: int, last: int) -> list[int]:

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata, spearmanr
 
+from lddyn.chapters.statistics import at_most_as_symmetric, bounded, partner_symmetry
+
 PAIRS = np.triu_indices(10, 1)
 
 
@@ -54,6 +56,7 @@ def step_similar_minus_dissimilar(table: pd.DataFrame) -> float:
     return float((changes[:, 9, 4] - changes[:, 0, 4]).mean())
 
 
+@bounded(-1, 1)
 def step_follows_similarity(table: pd.DataFrame) -> float:
     """Rank correlation over the 90 pairs of ||K_ou|| with the change of p(u) on o; mean over training."""
     norms, changes = (class_matrices(table, m)[1] for m in ("entk_norm", "change_of_prob"))
@@ -76,6 +79,7 @@ def leak_4_9(table: pd.DataFrame) -> float:
     return float((last[4, 9] + last[9, 4]) / 2 / np.median(off_diagonal(last)))
 
 
+@bounded(0, 1)
 def named_pairs_rank(table: pd.DataFrame) -> float:
     """Mean rank, 0 to 1, of the pairs 4-9, 3-5 and 5-8 by leak in either direction among the 45 pairs, at the end."""
     last = class_matrices(table, "prob_mean")[1][-1]
@@ -85,6 +89,7 @@ def named_pairs_rank(table: pd.DataFrame) -> float:
     return float(np.mean([r for r, *pair in zip(rank, *PAIRS, strict=True) if tuple(pair) in named]))
 
 
+@bounded(-1, 1)
 def entk_rank_stability(table: pd.DataFrame) -> float:
     """Rank correlation of ||K_uo|| over o with its final order; mean over u and settled evaluations."""
     steps, norms = class_matrices(table, "entk_norm")
@@ -113,18 +118,23 @@ def accumulated_entk(table: pd.DataFrame) -> np.ndarray:
     return np.trapezoid(norms, steps, axis=0)
 
 
+@bounded(-1, 1)
 def entk_explains_leak(table: pd.DataFrame) -> float:
     """Rank correlation of accumulated ||K|| with the final mean prediction over the 90 off-diagonal cells."""
     last = class_matrices(table, "prob_mean")[1][-1]
     return float(spearmanr(off_diagonal(accumulated_entk(table)), off_diagonal(last)).statistic)
 
 
+@bounded(-1, 1)
 def partner_rank_symmetry(table: pd.DataFrame) -> float:
     """Rank correlation between 'rank of o among the partners of u' and 'rank of u among the partners of o'.
 
     ||K_uo|| itself is symmetric (K_uo is the transpose of K_ou); the ranking of partners need not be.
     """
-    total = accumulated_entk(table)
-    np.fill_diagonal(total, np.nan)
-    ranks = np.apply_along_axis(lambda c: rankdata(c, nan_policy="omit"), 0, total)
-    return float(spearmanr(off_diagonal(ranks), off_diagonal(ranks.T)).statistic)
+    return partner_symmetry(accumulated_entk(table))
+
+
+@bounded(0, 1)
+def symmetric_by_chance(table: pd.DataFrame) -> float:
+    """Share of random symmetric matrices whose ranking of partners is at most as symmetric as that of ||K||."""
+    return at_most_as_symmetric(accumulated_entk(table))

@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from lddyn import unknown
 from lddyn.data import images
+from lddyn.engine import pool
 from lddyn.engine.settings import choose, derive
-from lddyn.engine.store import dense_early, long
+from lddyn.engine.store import Run, dense_early, long
 from lddyn.theory import influence, logprobs, losses
 
 SCALES = {
@@ -68,6 +69,11 @@ def grid(settings: Chapter) -> list[Training]:
     """The runs of the chapter: one network for each seed."""
     mnist_dir = settings.mnist_dir if settings.data == "mnist" else ""
     return [derive(Training, settings, seed=seed, mnist_dir=mnist_dir) for seed in range(settings.seeds)]
+
+
+def runs(c: Chapter, **how) -> list[Run]:
+    """The runs of the chapter; how: as for `pool.run_all`."""
+    return pool.run_all(train, grid(c), images.inputs(c.data, c.mnist_dir), **how)
 
 
 # --- the networks ------------------------------------------------------------------------------------------

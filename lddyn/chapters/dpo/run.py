@@ -1,7 +1,9 @@
 """Chapter 5: DPO, measured on all kinds of response, and where the probability goes (sections 3.2, 4.2)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +13,8 @@ from torch import Tensor
 
 from lddyn import unknown
 from lddyn.chapters.dpo.evidence import PAIRS, paired
-from lddyn.data import preferences, responses, reuse
-from lddyn.engine import models, recipe, store
+from lddyn.data import preferences, responses
+from lddyn.engine import models, pool, recipe, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import Encoded, first_difference
 from lddyn.engine.settings import choose, derive, lengths
@@ -30,7 +32,7 @@ SCALES = {
     "laptop": recipe.AFTER_SFT["laptop"] | {
         "n_train": 528, "n_probe": 24, "n_probe_test": 12, "sft_short": 2, "sft_epochs": 4, "sft_long": 8,
         "epochs": 1.5, "evaluations": 21, "batch_size": 4, "lr": 1.5e-4, "beta": 0.1,
-        "few": 64, "few_lr": 1.6e-3, "few_evaluations": 2, "generate": 12, "account": 12,
+        "few": 64, "few_lr": 1.6e-3, "few_evaluations": 2, "generate": 12, "account": 12, "more_rates": (4.0, 16.0),
     },
     "pretrained": recipe.AFTER_SFT["pretrained"] | {
         "n_train": 64, "n_probe": 12, "n_probe_test": 4, "sft_short": 1, "sft_epochs": 4, "sft_long": 4,
@@ -150,6 +152,19 @@ def grid(c: Chapter, stage: store.Run) -> list[Align]:
     return [whole, *(replace(short, **cell) for cell in cells)]
 
 
+def sft_like_dpo(c: Chapter) -> list[recipe.Stages]:
+    """SFT of the untouched model on the same examples at DPO's learning rate and batch, one run a seed (claim 35)."""
+    whole = replace(c, sft_lr=c.lr, sft_batch_size=c.batch_size)
+    return recipe.stage_grid(whole, [math.ceil(c.epochs)], range(c.first_seed, c.first_seed + c.seeds))
+
+
+def runs(c: Chapter, **how) -> list[store.Run]:
+    """The runs of the chapter: DPO from each seed's SFT, and SFT at DPO's rate. how: as for `pool.run_all`."""
+    files = recipe.files(c)
+    aligned = pool.run_then(recipe.stages, stage_grid(c), align, partial(grid, c), files, **how)
+    return aligned + pool.run_all(recipe.stages, sft_like_dpo(c), files, **how)
+
+
 def from_base(c: Chapter) -> list[Align]:
     """The baseline without the SFT before it: DPO from the model itself, one run a seed."""
     start = {"model": recipe.base_model(c), "stage": "", "sft_epochs": 0}
@@ -222,19 +237,12 @@ def mass_rows(before, after, encoded: Encoded, count: int, step: int, batch_size
     return store.long(rows)
 
 
-def repetition(text: str, n: int = 4) -> float:
-    """Share of the runs of `n` words that occurred before in the same text (rep-n), 0 to 1; 0 for a short text."""
-    words = reuse.words(text)
-    runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
 def repetition_rows(written: Sequence[dict], batch_size: int) -> pd.DataFrame:
-    """`rep4` (`repetition`) and log pi of greedy answers, nats summed, as rows of a long table."""
+    """`rep4` (`responses.repetition`) and log pi of greedy answers, nats summed, as rows of a long table."""
     return store.long(
         (a["step"], a["step"] * batch_size, a["prompt_id"], "greedy", metric, value)
         for a in written
-        for metric, value in (("rep4", repetition(a["text"])), ("logp_sum", min(a["logp"], 0.0)))
+        for metric, value in (("rep4", responses.repetition(a["text"])), ("logp_sum", min(a["logp"], 0.0)))
     )
 
 
@@ -260,7 +268,7 @@ def align(work: Path, s: Align) -> pd.DataFrame:
     texts = ([e[field] for e in examples] for field in ("prompt", "chosen", "rejected"))
     rows = dpo_rows(tokenizer, *texts, **lengths(s))
     steps = int(-(-len(rows) // s.batch_size) * s.epochs)
-    callback = ProbeCallback(probed, at=store.dense_early(steps, s.evaluations), **lengths(s))
+    callback = ProbeCallback(probed, at=store.dense_early(steps, s.evaluations), thresholds=None, **lengths(s))
     before = recipe.answers(lm, tokenizer, probed, s.generate, s)
     how = derive(Training, s, method="dpo", checkpoints=4 if s.measure == "all" else 1)
     log = train(work, lm, tokenizer, rows, callback, how)

@@ -11,7 +11,7 @@ import pandas as pd
 from lddyn import InputError, unknown
 from lddyn.chapters.extend.evidence import ARMS, MAIN, OTHER_DESIGNS
 from lddyn.data import world
-from lddyn.engine import models, recipe, store
+from lddyn.engine import models, pool, recipe, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import ProbeSet
 from lddyn.engine.settings import choose, derive, lengths
@@ -156,6 +156,21 @@ def world_grid(c: Chapter) -> list[Follow]:
     return runs
 
 
+def natural_runs(c: Chapter, **how) -> list[store.Run]:
+    """The runs on natural text; how: as for `pool.run_all`."""
+    return pool.run_all(follow, natural_grid(c), recipe.files(c), **how)
+
+
+def world_runs(c: Chapter, **how) -> list[store.Run]:
+    """The runs in the closed world (`in_world`)."""
+    return pool.run_all(follow, world_grid(in_world(c)), recipe.files(in_world(c)), **how)
+
+
+def runs(c: Chapter, **how) -> list[store.Run]:
+    """The runs of the chapter."""
+    return natural_runs(c, **how) + world_runs(c, **how)
+
+
 def _every_arm(c: Chapter, **values) -> list[Follow]:
     seeds = range(c.first_seed, c.first_seed + c.seeds)
     common = values | {"model": recipe.base_model(c)}
@@ -171,7 +186,7 @@ class Answering(ProbeCallback):
     def __init__(
         self, probe_set: ProbeSet, tokenizer, examples: Sequence[dict], steps: Collection[int], folder: Path, s, at
     ):
-        super().__init__(probe_set, at=at, **lengths(s))
+        super().__init__(probe_set, at=at, thresholds=None, **lengths(s))
         self.tokenizer, self.examples, self.steps, self.folder, self.s = tokenizer, examples, steps, folder, s
 
     def _measure(self, args, state, model) -> None:
@@ -225,7 +240,7 @@ def sft(work: Path, lm, tokenizer, examples: Sequence[dict], probed: ProbeSet, s
     rows = sft_rows(tokenizer, prompts, answers, **lengths(s))
     steps = -(-len(rows) // s.sft_batch_size) * s.sft_epochs * times
     at = {round(steps * n / (s.sft_evaluations - 1)) for n in range(s.sft_evaluations)}
-    callback = ProbeCallback(probed, at=at, **lengths(s))
+    callback = ProbeCallback(probed, at=at, thresholds=None, **lengths(s))
     of_sft = {"lr": s.sft_lr, "epochs": s.sft_epochs * times, "batch_size": s.sft_batch_size}
     train(work, lm, tokenizer, rows, callback, derive(Training, s, checkpoints=1, **of_sft))
     table = callback.table()

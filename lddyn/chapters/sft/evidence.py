@@ -3,9 +3,10 @@
 import numpy as np
 import pandas as pd
 
-from lddyn.chapters.statistics import BELLS, change, curve, fall, needed, order, rise, sign_delta
+from lddyn.chapters.statistics import BELLS, bounded, change, curve, fall, needed, order, rise, sign_delta
 
 
+@bounded(-1, 1)
 def sft_chosen_order(table: pd.DataFrame) -> float:
     """Rank correlation of log pi(chosen) with the step: 1 where it rises throughout."""
     return order(curve(table, "chosen"))
@@ -26,6 +27,7 @@ def bell_fall(table: pd.DataFrame) -> float:
     return min(fall(table, kind) for kind in BELLS)
 
 
+@bounded(0, 1)
 def other_train_peak(table: pd.DataFrame) -> float:
     """When log pi of answers to other training questions peaks, as a share of the steps."""
     values = curve(table, "other_train")
@@ -45,6 +47,7 @@ def reuse_gap(table: pd.DataFrame, split: str = "train") -> float:
     return change(table, "other_train", split=split) - change(table, "other_test", split=split)
 
 
+@bounded(-1, 1)
 def generated_reuse(table: pd.DataFrame) -> float:
     """Change over SFT of the share of greedy 4-grams found in training answers to other questions, less the control's.
 
@@ -67,6 +70,7 @@ def shuffled_change(table: pd.DataFrame) -> float:
     return max(change(table, kind) for kind in ("chosen_shuffled", "test_shuffled"))
 
 
+@bounded(-1, 1)
 def format_like_semantic(table: pd.DataFrame) -> float:
     """Correlation over steps of the curves of the two rephrases of chosen, first tenth of training."""
     semantic, form = curve(table, "chosen_semantic"), curve(table, "chosen_format")
@@ -77,6 +81,11 @@ def format_like_semantic(table: pd.DataFrame) -> float:
 def format_minus_semantic(table: pd.DataFrame) -> float:
     """End change of the format-keeping rephrase minus that of the meaning-keeping one, nats."""
     return change(table, "chosen_format") - change(table, "chosen_semantic")
+
+
+def format_minus_semantic_share(table: pd.DataFrame) -> float:
+    """The same as a share of what the trained answer gains."""
+    return format_minus_semantic(table) / change(table, "chosen")
 
 
 def heat_map(table: pd.DataFrame) -> pd.DataFrame:
@@ -111,6 +120,7 @@ def fingerprint(table: pd.DataFrame) -> float:
     )
 
 
+@bounded(0, 1)
 def heat_map_diagonal(table: pd.DataFrame) -> float:
     """Share of the trained types that are themselves their column's maximum."""
     cells = heat_map(table)
@@ -126,9 +136,10 @@ def shuffled_raises_others(table: pd.DataFrame) -> float:
 # --- sweeps: what holds in all cells of a recorded table
 
 
-def everywhere(cells: pd.DataFrame, column: str, end: str = "min") -> float:
-    """The smallest (`min`) or largest (`max`) value over all cells of a statistic of single runs, a column of a sweep.
+def everywhere(cells: pd.DataFrame, column: str, end: str = "min", size: str | None = None) -> float:
+    """The smallest (`min`) or largest (`max`) value over all cells, or those of one size of the model, of a statistic
+    of single runs, a column of a sweep.
 
     cells: one seed's rows.
     """
-    return float(cells[column].agg(end))
+    return float(cells[cells["size"] == size if size else slice(None)][column].agg(end))

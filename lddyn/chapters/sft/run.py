@@ -8,7 +8,7 @@ import pandas as pd
 
 from lddyn import unknown
 from lddyn.data import responses, reuse
-from lddyn.engine import models, recipe, store
+from lddyn.engine import models, pool, recipe, store
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.settings import choose, derive, lengths
 from lddyn.engine.training import Training, log_rows, sft_rows, train
@@ -89,6 +89,11 @@ def grid(c: Chapter) -> list[Finetune]:
     return runs + [replace(small, seed=seed, target=target) for seed in seeds for target in HEAT_MAP_TARGETS]
 
 
+def runs(c: Chapter, **how) -> list[store.Run]:
+    """The runs of the chapter; how: as for `pool.run_all`."""
+    return pool.run_all(finetune, grid(c), recipe.files(c), **how)
+
+
 def finetune(work: Path, s: Finetune) -> pd.DataFrame:
     """Finetune a model on one kind of response and measure all kinds along the way (section 4.1); returns a long table.
 
@@ -106,7 +111,7 @@ def finetune(work: Path, s: Finetune) -> pd.DataFrame:
         raise unknown("target", s.target, texts)
     rows = sft_rows(tokenizer, [e["prompt"] for e in examples], texts[s.target], **lengths(s))
     steps = -(-len(rows) // s.batch_size) * s.epochs
-    callback = ProbeCallback(probed, at=store.dense_early(steps, s.evaluations), **lengths(s))
+    callback = ProbeCallback(probed, at=store.dense_early(steps, s.evaluations), thresholds=None, **lengths(s))
     before = recipe.answers(lm, tokenizer, probed, s.generate, s)
     log = train(work, lm, tokenizer, rows, callback, derive(Training, s))
     after = recipe.answers(lm, tokenizer, probed, s.generate, s)
@@ -130,13 +135,15 @@ def reuse_rows(written: list[dict], trained_on: list, control: list, batch_size:
     `prob_reuse_train`: share of the answer's word 4-grams found in training answers to other questions;
     `prob_reuse_control`: the same for as many answers that were never trained on.
     """
-    pools = {"prob_reuse_train": trained_on[: len(control)], "prob_reuse_control": control[: len(trained_on)]}
-    of_pool = {metric: [(e["prompt"], reuse.ngrams(e["chosen"])) for e in pool] for metric, pool in pools.items()}
+    sources = {"prob_reuse_train": trained_on[: len(control)], "prob_reuse_control": control[: len(trained_on)]}
+    of_source = {
+        metric: [(e["prompt"], reuse.ngrams(e["chosen"])) for e in source] for metric, source in sources.items()
+    }
     own = {e["prompt"]: reuse.ngrams(e["prompt"] + e["chosen"]) for e in [*trained_on, *control]}
     rows = []
     for answer in written:
-        for metric, pool in of_pool.items():
-            others = set().union(*(grams for prompt, grams in pool if prompt != answer["prompt"]))
+        for metric, each in of_source.items():
+            others = set().union(*(grams for prompt, grams in each if prompt != answer["prompt"]))
             share = reuse.share(answer["text"], others - own.get(answer["prompt"], set()))
             examples = answer["step"] * batch_size
             rows.append((answer["step"], examples, answer["prompt_id"], "greedy", metric, share))

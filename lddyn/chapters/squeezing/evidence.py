@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 
+from lddyn.chapters.statistics import bounded
+
 
 def _values(table: pd.DataFrame, metric: str, *kinds: str) -> pd.Series:
     """Values of a metric, of the named response types only where some are named."""
@@ -30,6 +32,11 @@ def lemma_error(table: pd.DataFrame) -> float:
     return float(_values(table, "lemma_error").max())
 
 
+def law_error(table: pd.DataFrame, rung: int) -> float:
+    """Median relative error of the first-order law at one of the step sizes `run.STRENGTHS` (2: 0.1; 4: 1)."""
+    return float(np.median(_ladder(table, "ladder_law_error")[rung]))
+
+
 def pushed_log_odds(table: pd.DataFrame) -> float:
     """Largest change of the pushed label's log-odds over all vocabularies, distributions and step sizes."""
     return float(_values(table, "log_odds_of_pushed").max())
@@ -50,21 +57,25 @@ def peaky_rising(table: pd.DataFrame) -> float:
     return float(_values(table, "peaky_rising").max())
 
 
+@bounded(0, 1)
 def between_both(table: pd.DataFrame) -> float:
     """Share of uneven distributions without a peak where some labels rise and some fall."""
     return float(_values(table, "between_both").mean())
 
 
+@bounded(0, 1)
 def between_ordered(table: pd.DataFrame) -> float:
     """Share of them where every label that rises is likelier than every one that falls; the lowest possible is 0."""
     return float(_values(table, "between_ordered").mean())
 
 
+@bounded(0, 1)
 def threshold_right(table: pd.DataFrame) -> float:
     """Share of labels whose direction the exact threshold predicts, worst draw."""
     return float(_values(table, "prob_threshold_right").min())
 
 
+@bounded(0, 1)
 def others_fall_more(table: pd.DataFrame) -> float:
     """Share of draws and rungs where the others' mean log-probability falls more for a less likely pushed label."""
     return float((np.diff(_ladder(table, "pushed_others"), axis=0) < 0).mean())
@@ -82,17 +93,20 @@ def top_gains_more(table: pd.DataFrame) -> float:
     return float((gain[-1] - gain[0]).mean())
 
 
+@bounded(0, 1)
 def step_amplifies_pair(table: pd.DataFrame) -> float:
     """Share of draws and rungs where a larger step moves both the pushed label and y* further."""
     pushed, top = (np.diff(_ladder(table, m), axis=0) for m in ("ladder_pushed", "ladder_top"))
     return float(((pushed < 0) & (top > 0)).mean())
 
 
+@bounded(0, 1)
 def step_amplifies_others(table: pd.DataFrame) -> float:
     """Share of labels other than the pushed one whose log-probability changes more under a larger step."""
     return float(_values(table, "prob_grew").mean())
 
 
+@bounded(0, 1)
 def dpo_force_grows(table: pd.DataFrame) -> float:
     """Share of a grid of margins, -60 to 60 nats, along which DPO's force grows."""
     return float(_values(table, "force_grows", "DPO").max())
@@ -103,6 +117,7 @@ def dpo_force_left(table: pd.DataFrame) -> float:
     return float(_values(table, "force_left", "DPO").max())
 
 
+@bounded(0, 1)
 def ipo_force_wrong_way(table: pd.DataFrame) -> float:
     """Share of the grid where IPO's force points away from the margin 1 / (2 beta)."""
     return float(_values(table, "force_wrong_way", "IPO").max())

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from lddyn.engine import pool
 from lddyn.engine.settings import choose, derive
-from lddyn.engine.store import long
+from lddyn.engine.store import Run, long
 from lddyn.theory import losses, softmax
 
 SCALES = {
@@ -49,6 +50,11 @@ def settings(scale: str, given: Mapping[str, object]) -> Chapter:
 def grid(settings: Chapter) -> list[Measurement]:
     """The runs of the chapter: one for each seed."""
     return [derive(Measurement, settings, seed=seed) for seed in range(settings.seeds)]
+
+
+def runs(c: Chapter, **how) -> list[Run]:
+    """The runs of the chapter, of about a second each; how: as for `pool.run_all`."""
+    return pool.run_all(law, grid(c), **({"workers": 1} | how))
 
 
 # --- the law, measured -------------------------------------------------------------------------------------

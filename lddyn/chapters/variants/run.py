@@ -146,11 +146,11 @@ def both_grids(c: Chapter, stage: store.Run) -> list[Vary]:
     return [*loss_grid(c, stage), *source_grid(c, stage)]
 
 
-def runs(c: Chapter) -> list[store.Run]:
-    """The runs of this chapter."""
+def runs(c: Chapter, **how) -> list[store.Run]:
+    """The runs of the chapter; how: as for `pool.run_all`."""
     seeds = range(c.first_seed, c.first_seed + c.seeds)
     stages = recipe.stage_grid(c, [c.sft_epochs], seeds)
-    return pool.run_then(recipe.stages, stages, vary, partial(both_grids, c), recipe.files(c))
+    return pool.run_then(recipe.stages, stages, vary, partial(both_grids, c), recipe.files(c), **how)
 
 
 # --- pairs -------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def make_pairs(policy, tokenizer, examples: Sequence[dict], draw: int, s: Vary) 
         return Pairs(prompts, chosen, rejected)
     count = 1 if source.chosen_from_data else s.candidates
     repeated = [p for p in prompts for _ in range(count)]
-    drawn = recipe.sample(policy, tokenizer, repeated, s.max_response, draw, s.max_prompt, batch_size=128)
+    drawn = probes.sample(policy, tokenizer, repeated, s.max_response, draw, s.max_prompt, batch_size=128)
     texts = [answer.text.strip() or "." for answer in drawn]  # an empty answer cannot be encoded
     if source.chosen_from_data:
         return Pairs(prompts, chosen, texts)
@@ -201,7 +201,7 @@ class StopAtMargin(ProbeCallback):
     """Ends training at the first evaluation at which the mean margin of the training prompts has reached `stop`."""
 
     def __init__(self, probe_set: ProbeSet, stop: float, beta: float, **how):
-        super().__init__(probe_set, **how)
+        super().__init__(probe_set, thresholds=None, **how)
         self.stop, self.beta = stop, beta
 
     def on_step_end(self, args, state, control, **others):
@@ -310,8 +310,8 @@ def push(lm, tokenizer, probed: ProbeSet, s: Vary) -> pd.DataFrame:
     """
     how, prompts = {"max_prompt": s.max_prompt, "batch_size": 128}, probed.prompts[: s.pushes]
     own = {
-        "greedy": recipe.greedy(lm, tokenizer, prompts, s.max_response, **how),
-        "sampled": recipe.sample(lm, tokenizer, prompts, s.max_response, s.seed, **how),
+        "greedy": probes.greedy(lm, tokenizer, prompts, s.max_response, **how),
+        "sampled": probes.sample(lm, tokenizer, prompts, s.max_response, s.seed, **how),
     }
     encoded = probed.encode(tokenizer, **lengths(s))
     watched = encoded._replace(responses={kind: encoded.responses[kind] for kind in WATCHED})
