@@ -114,7 +114,7 @@ def test_the_command_of_a_kept_table_is_that_of_the_text():
     for kept, command in figures.REMAKE.items():
         cells = json.loads(notebooks.notebook_path(command.split()[4]).read_text())["cells"]
         text = " ".join("".join(line for cell in cells for line in cell["source"]).replace("\\\n", " ").split())
-        assert command in text and kept in text
+        assert command in text, kept
 
 
 # --- the extension -----------------------------------------------------------------------------------------------
