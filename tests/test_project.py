@@ -150,12 +150,12 @@ def test_every_parameter_has_a_type_a_comment_and_an_allowed_default(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_every_figure_has_alt_text(path):
+def test_every_figure_has_a_name_and_a_caption(path):
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and re.search(r"^(figures|style)\.(?!use_style)", source, re.M):
-            alt = cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
-            assert len(alt) > 20, f"no alt text: {source[:60]}"
+            figure = cell["metadata"].get("mystnb", {}).get("figure", {})
+            assert figure.get("name") and len(figure.get("caption", "")) > 40, source[:60]
 
 
 def test_every_notebook_is_in_the_table_of_contents():

@@ -11,7 +11,7 @@ from lddyn.chapters.decomposition import evidence as decomposition
 from lddyn.chapters.digits import evidence as digits
 from lddyn.chapters.digits.figures import error_order
 from lddyn.chapters.extend import evidence as extend
-from lddyn.chapters.style import band, change_panel, curves
+from lddyn.chapters.style import BLACK, band, change_panel, curves
 from lddyn.chapters.variants import evidence as variants
 from lddyn.engine.store import Run, frame
 
@@ -31,7 +31,7 @@ def hero(of_digits: pd.DataFrame, sft: pd.DataFrame, real_sft: pd.DataFrame, rea
         change_panel(ax, table, kinds, title, per_epoch=1)
         ax.set(xlabel="step", ylabel="change of log π (nats)")
     steps, top = curves(real_dpo, "chosen", "argmax_logp_sum")
-    band(axes[1, 1], steps, top - top[:, :1], "black", "y* along chosen")
+    band(axes[1, 1], steps, top - top[:, :1], BLACK, "y* along chosen")
     axes[1, 1].legend(fontsize=7)
     return fig
 

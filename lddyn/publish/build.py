@@ -196,6 +196,7 @@ def _build(scale: str, force: bool, strict: bool) -> int:
             print(f"lddyn: {line}", file=sys.stderr)
         return 1
     shown = pages.published()
+    pages.write_under_figures(shown)
     pages.write_hero(shown)
     pages.write_across(shown)
     pages.write_chapters(shown)

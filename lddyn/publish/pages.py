@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from string import Template
 
@@ -16,7 +16,7 @@ from lddyn.chapters import claims, sentences, style
 from lddyn.chapters.variants.figures import softening
 from lddyn.data import preferences, responses
 from lddyn.engine import gguf, recorded, released, store
-from lddyn.publish import across, display, paper_scale, status
+from lddyn.publish import across, display, figures, paper_scale, status
 from lddyn.workshop import estimate, launch, sweep
 
 BOOK = store.ROOT / "book"
@@ -63,20 +63,36 @@ def _write(name: str, **values: object) -> None:
     store.write_atomically(GENERATED / name, lambda path: path.write_text(filled(name, **values)))
 
 
-def _draw(name: str, figure: Figure) -> None:
+def _draw(name: str, draw: Callable[..., Figure], *given: object, made: Mapping[str, str], first: str = "") -> None:
+    """Write the figure that a function draws, and what stands under it. `first`: a command that comes before."""
+    figure = draw(*given)
     GENERATED.mkdir(parents=True, exist_ok=True)
     store.write_atomically(
         GENERATED / name, lambda path: figure.savefig(path, format="svg", metadata={"Date": None}, bbox_inches="tight")
     )
+    commands = [*filter(None, [first]), "make book"]
+    figures.write(GENERATED / "figures" / name, style.panels(figure), commands, made, figures.place(draw))
     plt.close(figure)
+
+
+def write_under_figures(shown: Mapping[str, dict]) -> None:
+    """What stands under the figures of the chapters."""
+    for name, entry in shown.items():
+        figures.write_chapter(GENERATED / "figures", EXECUTED / f"{name}.ipynb", entry["scale"], entry["runs"])
+
+
+def _made(shown: Mapping[str, dict], *names: str) -> dict[str, str]:
+    return {f"runs of {name}, scale {shown[name]['scale']}": figures.origin(shown[name]["runs"]) for name in names}
 
 
 def write_hero(shown: dict[str, dict]) -> None:
     """The figure of the first page."""
     style.use_style()
-    digits, sft = (store.frame(shown[chapter]["runs"]) for chapter in ("01_mnist", "03_sft"))
-    real = (store.frame(recorded.read(*group)) for group in (("03_sft", "main"), ("05_dpo", "after_sft")))
-    _draw("hero.svg", across.hero(digits, sft, *real))
+    own, groups = ("01_mnist", "03_sft"), (("03_sft", "main"), ("05_dpo", "after_sft"))
+    real = {f"recorded runs {'/'.join(group)}": recorded.read(*group) for group in groups}
+    tables = map(store.frame, [*(shown[chapter]["runs"] for chapter in own), *real.values()])
+    made = _made(shown, *own) | {name: figures.origin(runs) for name, runs in real.items()}
+    _draw("hero.svg", across.hero, *tables, made=made)
 
 
 def write_across(shown: dict[str, dict]) -> None:
@@ -86,7 +102,7 @@ def write_across(shown: dict[str, dict]) -> None:
     carried = across.carried_over(store.frame(runs["02_decomposition"]), store.frame(runs["01_mnist"]))
     _write("carried_over.md", table=display.table(carried))
     ends = across.ways_to_soften(runs["06_variants"], runs["07_extend"])
-    _draw("softening.svg", softening(ends))
+    _draw("softening.svg", softening, ends, made=_made(shown, "06_variants", "07_extend"))
     mean = ends.groupby("name")[["chosen", "margin", "won"]].mean()
     _write("softening.md", table=display.table(mean.sort_values("won")))
 
@@ -169,9 +185,14 @@ def write_paper_scale(shown: dict[str, dict]) -> None:
     tables = paper_scale.tables(shown, recorded.published())
     mine = {method: paper_scale.ours(tables, method) for method in paper_scale.CHAPTERS}
     everywhere = paper_scale.runs(*dict.fromkeys(run["kind"] for run in released.recorded()["runs"]))
-    _draw("released_sft.svg", paper_scale.multiples(paper_scale.longest(sft)))
-    _draw("released_dpo.svg", paper_scale.multiples(paper_scale.longest(dpo)))
-    _draw("released_top.svg", paper_scale.top([run for run in everywhere if paper_scale.TOP in run["curves"]]))
+    tops = [run for run in everywhere if paper_scale.TOP in run["curves"]]
+    for name, draw, logs in (
+        ("released_sft.svg", paper_scale.multiples, paper_scale.longest(sft)),
+        ("released_dpo.svg", paper_scale.multiples, paper_scale.longest(dpo)),
+        ("released_top.svg", paper_scale.top, tops),
+    ):
+        made = {f"{len(logs)} released logs": "one run each · repositories and commits at the end of this page"}
+        _draw(name, draw, logs, made=made, first="python -m lddyn released FOLDER-OF-CLONES")
     _write(
         "paper_scale.md",
         there=paper_scale.what_there_is(),

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from lddyn.chapters import claims, statistics
 from lddyn.chapters.dpo import evidence as dpo
-from lddyn.chapters.style import GREEN, GREY, ORANGE, PANELS, PURPLE, RED, STYLES
+from lddyn.chapters.style import GREEN, GREY, MARKS, ORANGE, PANELS, PURPLE, RED, STYLES
 from lddyn.data.responses import RESPONSE_TYPES
 from lddyn.engine import released, store
 
@@ -65,11 +65,14 @@ def multiples(logs: Sequence[Run]) -> Figure:
         len(PANELS), len(logs), figsize=(1.25 * len(logs) + 1.5, 8), sharex=True, sharey="row", squeeze=False
     )
     for column, run in zip(axes.T, logs, strict=True):
-        for ax, kinds in zip(column, PANELS.values(), strict=True):
+        for ax, (panel, kinds) in zip(column, PANELS.items(), strict=True):
+            ax.set_label(f"{_title(run)}: {panel}")
             for kind in kinds:
                 color, line = STYLES[kind]
                 share = np.array(run["at"]) / run["at"][-1]
-                ax.plot(share, run["curves"][kind], color=color, linestyle=line, label=kind, linewidth=1.4)
+                look = {"color": color, "linestyle": line, "linewidth": 1.4}
+                marks = {"marker": MARKS[color], "markersize": 2.5, "markevery": 3}
+                ax.plot(share, run["curves"][kind], label=kind, **look, **marks)
             ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         column[0].set_title(_title(run), fontsize=7)
         column[0].set_xticks([0, 0.5, 1])
@@ -84,10 +87,11 @@ def top(logs: Sequence[Run]) -> Figure:
     """log pi(y*) along the chosen answers wherever it was measured on its own path, change in nats."""
     colors = {"sft": GREY, "extend_sft": PURPLE, "dpo": GREEN, "extend_dpo": ORANGE, "sparse_dpo": RED}
     fig, ax = plt.subplots(figsize=(7, 4))
-    for run in logs:
-        line = "-" if run["model"].startswith("Pythia") else "--"
+    for n, run in enumerate(logs):
+        line, mark = "-" if run["model"].startswith("Pythia") else "--", "osDX^vP*h"[n % 9]
         share, name = np.array(run["at"]) / run["at"][-1], f"{run['model']}, {run['run']}"
-        ax.plot(share, run["curves"][TOP], color=colors[run["kind"]], linestyle=line, label=name, linewidth=1.4)
+        look = {"color": colors[run["kind"]], "linestyle": line, "marker": mark, "markersize": 3.5, "linewidth": 1.4}
+        ax.plot(share, run["curves"][TOP], label=name, **look)
     ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     ax.set(xlabel="share of the log", ylabel="change of log π(y*) (nats)")
     ax.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))

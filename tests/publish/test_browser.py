@@ -1,7 +1,10 @@
 """The built book in a real browser: maths, figures and links work, and nothing is loaded from outside."""
 
+import csv
 import functools
 import http.server
+import io
+import json
 import re
 import shutil
 import subprocess
@@ -9,10 +12,12 @@ import sys
 import threading
 from urllib.parse import urldefrag, urljoin
 
+import pandas as pd
 import pytest
+import torch
 
 from lddyn.engine.store import ROOT
-from lddyn.publish import pdf
+from lddyn.publish import figures, notebooks, pdf
 
 pytestmark = pytest.mark.browser
 HTML = ROOT / "book" / "_build" / "html"
@@ -93,6 +98,245 @@ def test_page(site, browser, path, width):
     page.close()
 
 
+WITH_FIGURES = [path for path in PAGES if "<figure" in (HTML / path).read_text()]
+
+
+@pytest.mark.parametrize("path", WITH_FIGURES)
+def test_under_every_figure_are_its_number_data_command_origin_and_source(site, browser, path):
+    page = browser.new_page()
+    page.goto(site + path)
+    for figure in page.locator("article figure").all():
+        name = figure.get_attribute("id")
+        assert re.match(r"Figure \d+", figure.locator(".caption-number").text_content()), name
+        assert len(figure.locator(".caption-text").text_content()) > 40, name
+        link = figure.locator(".under a.download").get_attribute("href")
+        head, *rows = csv.reader(io.StringIO(page.request.get(urljoin(page.url, link)).text()))
+        assert tuple(head) == figures.COLUMNS and rows, name
+        panels = {}
+        for row in rows:  # a series has a name, if its panel has another one
+            panels.setdefault((row[0], row[2], row[3]), set()).add(row[1])
+        assert all(len(names) == 1 or "" not in names for names in panels.values()), (name, panels)
+        made = figure.locator(".under details").text_content()
+        assert re.search(r"\bcommits?\b", made) and re.search(r"\d+ seeds|one run each|no run", made), (name, made)
+        assert re.search(r"Drawn by lddyn/[\w/]+\.py:\d+ \(\w+\)", made), (name, made)
+        assert re.search(r"python -m lddyn run \d\d_\w+ --scale|make book", made), (name, made)
+        assert re.search(r"\d", figure.locator("img").get_attribute("alt")), f"{name}: no value in the alternative text"
+    page.close()
+
+
+def curves(page, name):
+    """The numbers that stand under a figure: panel, series, x, y, low, high."""
+    link = page.locator(f"#{name} .under a.download").get_attribute("href")
+    return pd.read_csv(io.StringIO(page.request.get(urljoin(page.url, link)).text()))
+
+
+def test_curves_tell_the_values_under_the_pointer_and_under_the_arrow_keys(site, browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(site + "notebooks/05_dpo.html")
+    page.wait_for_load_state("networkidle")
+    plot = page.locator("#fig-05-kinds .curves-plot").first
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 9, box["y"] + 12)  # the end, near the highest curve
+    data = curves(page, "fig-05-kinds")
+    ends = data[data.panel == data.panel.iloc[0]].groupby("series").last()
+    best, tip = ends.y.idxmax(), page.locator("#fig-05-kinds .curves-tip").first
+    shown = tip.locator("tr.this").inner_text().replace("−", "-").split()
+    assert shown[0] == best and float(shown[1]) == pytest.approx(ends.y[best], rel=5e-3)
+    assert [float(shown[2]), float(shown[4])] == pytest.approx([ends.low[best], ends.high[best]], rel=5e-3)
+    assert re.search(r"epoch .*, step \d+", tip.inner_text()) and re.search(r"range of \d+ seeds", tip.inner_text())
+    plot.focus()
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowDown")
+    said = plot.get_attribute("aria-valuetext").replace("−", "-")
+    name, value = re.match(r"(\w+), epoch .*?: (-?[\d.]+)", said).groups()
+    assert name != best and float(value) == pytest.approx(ends.y[name], rel=5e-3)
+    page.keyboard.press("Escape")
+    assert not tip.is_visible()
+    page.close()
+
+
+def test_curves_show_one_type_alone_another_model_and_another_unit(site, browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(site + "notebooks/05_dpo.html")
+    page.wait_for_load_state("networkidle")
+    figure = page.locator("#fig-05-kinds")
+    legend, faded = figure.locator(".curves-legend"), figure.locator("g.series.faded")
+    assert legend.locator("button").count() == 12 and faded.count() == 0
+    legend.get_by_text("rejected", exact=True).click()
+    assert faded.count() == 11 and legend.locator("[aria-pressed=true]").inner_text() == "rejected"
+    legend.get_by_text("rejected", exact=True).click()
+    assert faded.count() == 0
+    table = figure.locator(".curves details")
+    table.locator("summary").click()
+    first = table.inner_text()
+    figure.get_by_label("per token").check()
+    tokens = table.inner_text()
+    assert "nats per token" in tokens and tokens != first
+    models = figure.locator("select option").all_inner_texts()
+    assert models[0] == "small model" and "SmolLM2-135M" in models and any("released log" in name for name in models)
+    figure.locator("select").select_option(next(name for name in models if "released log" in name))
+    assert figure.get_by_label("per token").is_disabled() and figure.get_by_label("sum").is_checked()
+    assert "share of the log" in figure.locator(".curves-plot").first.text_content()
+    figure.locator("select").select_option("SmolLM2-135M")
+    assert "SmolLM2-135M: change of log π (nats)" in table.inner_text()
+    page.close()
+
+
+def test_curves_answer_a_finger_on_a_phone_without_a_sideways_scroll(site, browser):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(site + "notebooks/03_sft.html")
+    page.wait_for_load_state("networkidle")
+    plot = page.locator("#fig-03-kinds .curves-plot").first
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    assert box["width"] > 280
+    page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert page.locator("#fig-03-kinds .curves-tip").first.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    context.close()
+
+
+def test_the_image_stays_for_paper_and_without_a_script(site, browser):
+    page = browser.new_page()
+    page.goto(site + "notebooks/05_dpo.html")
+    page.wait_for_load_state("networkidle")
+    image, shown = page.locator("#fig-05-kinds img"), page.locator("#fig-05-kinds div.curves")
+    assert shown.is_visible() and not image.is_visible()
+    page.emulate_media(media="print")
+    assert image.is_visible() and not shown.is_visible()
+    page.close()
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(site + "notebooks/05_dpo.html")
+    assert page.locator("#fig-05-kinds img").is_visible()
+    context.close()
+
+
+def test_curves_are_small_and_in_every_chapter_that_trains(site, browser):
+    script = HTML / "_static" / "curves.js"
+    assert script.stat().st_size + script.with_suffix(".css").stat().st_size <= 40_000
+    page, found = browser.new_page(), {}
+    for chapter in ("03_sft", "05_dpo", "06_variants", "07_extend"):
+        page.goto(f"{site}notebooks/{chapter}.html")
+        found[chapter] = page.locator("div.curves").count()
+    assert all(found.values()), found
+    page.close()
+
+
+def dpo_with_torch(overlap, chosen, rejected, raised, steps):
+    """Changes of log pi (contexts, tokens) as chapter 5 computes them; `raised`: SFT on the chosen token before."""
+    contexts = torch.tensor([[1.0, overlap], [overlap, 1.0]], dtype=torch.float64)
+    logits = torch.tensor([4.0, 2.0, 1.0, 0.0, -1.0, -2.0], dtype=torch.float64).repeat(2, 1)
+    logits[0, chosen] += raised
+    start, w = logits.log_softmax(-1), torch.zeros(2, 6, dtype=torch.float64, requires_grad=True)
+    for _ in range(steps):
+        logp = (contexts @ w + start).log_softmax(-1)
+        margin = logp[0, chosen] - start[0, chosen] - (logp[1, rejected] - start[1, rejected])
+        (gradient,) = torch.autograd.grad(-torch.nn.functional.logsigmoid(margin), w)
+        w = (w - 0.1 * gradient).detach().requires_grad_()
+    return ((contexts @ w + start).log_softmax(-1) - start).detach()
+
+
+@pytest.fixture(scope="module")
+def playground(site, browser):
+    page = browser.new_page()
+    page.goto(site + "notebooks/04_squeezing.html")
+    yield page
+    page.close()
+
+
+@pytest.mark.parametrize("raised", [0.0, 5.0])
+@pytest.mark.parametrize("overlap", [0.0, 0.2, 0.9])
+def test_the_playground_computes_dpo_as_torch_does(playground, overlap, raised):
+    state = {"overlap": overlap, "chosen": 3, "rejected": 5, "raised": raised, "steps": 300}
+    path = torch.tensor(playground.evaluate("state => playground.dpo(state)", state), dtype=torch.float64)
+    expected = dpo_with_torch(**state)
+    assert path.shape == (301, 2, 6) and (path[-1] - path[0] - expected).abs().max() < 1e-9
+    assert (expected[0, 3] < 0) == (overlap == 0.9 and raised == 5)  # where DPO lowers the chosen token as well
+
+
+def test_the_playground_starts_from_the_ten_lines_of_chapter_5(playground):
+    cells = json.loads(notebooks.notebook_path("05_dpo").read_text())["cells"]
+    (source,) = ("".join(c["source"]) for c in cells if "logsigmoid(margin)" in "".join(c["source"]))
+    names = {"torch": torch, "pd": pd}
+    exec(source, names)  # its logp are those before the last of its 300 steps
+    state = {"overlap": 0.2, "chosen": names["chosen"], "rejected": names["rejected"], "raised": 0, "steps": 299}
+    path = torch.tensor(playground.evaluate("state => playground.dpo(state)", state), dtype=torch.float64)
+    assert (path[-1] - names["logp"]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("scene", "moved"),
+    [
+        ("one", {"peakiness": "1.4", "pulled": "7", "strength": "30"}),
+        ("two", {"overlap": "0.85", "raised": "5", "steps": "640"}),
+    ],
+)
+def test_a_link_carries_the_state_of_the_playground(site, browser, scene, moved):
+    page = browser.new_page()
+    page.goto(site + "notebooks/04_squeezing.html")
+    page.check(f"#pg-{scene}")
+    page.evaluate(
+        """moved => Object.entries(moved).forEach(([name, value]) => {
+            const input = document.getElementById(`pg-${name}`);
+            input.value = name === "strength" ? 13 : value;
+            input.dispatchEvent(new Event("input", { bubbles: true }));
+        })""",
+        moved,
+    )
+    link, told = page.url, page.locator(f"#pg-scene-{scene} table").inner_text()
+    assert page.locator("#pg-link").get_attribute("href") == link[link.index("#") :]
+    assert all(f"{name}={value}" in link for name, value in moved.items()), link
+    page.close()
+    page = browser.new_page()
+    page.goto(link)
+    assert page.locator(f"#pg-scene-{scene} table").inner_text() == told
+    page.goto(
+        site + "notebooks/04_squeezing.html#playground=two&overlap=7&steps=x&nothing=1"
+    )  # of no use, and harmless
+    page.reload()
+    assert page.locator("#pg-overlap").input_value() == "1" and page.locator("#pg-steps").input_value() == "300"
+    page.close()
+
+
+def test_two_alike_contexts_show_dpo_lowering_the_chosen_token(site, browser):
+    page = browser.new_page()
+    page.goto(site + "notebooks/04_squeezing.html")
+    page.check("#pg-two")
+    page.click("#pg-case-far-unlikely")
+    assert "the chosen token has gained" in page.locator("#pg-said").inner_text()
+    page.click("#pg-case-near-likely")
+    assert "the chosen token has lost" in page.locator("#pg-said").inner_text()
+    page.close()
+
+
+NOT_OURS = [[".citation-list"], ["mjx-container"]]  # docutils' list of references, MathJax's formulas
+AT_REST = "* { animation: none !important; transition: none !important; }"
+RULES = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}}
+RULES |= {"rules": {"heading-order": {"enabled": True}}}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("path", PAGES)
+def test_a_page_is_accessible(site, browser, path, theme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.add_init_script(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
+    page.goto(site + path)
+    page.wait_for_load_state("networkidle")
+    page.add_style_tag(content=AT_REST)
+    page.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true; })")
+    if path.endswith("04_squeezing.html"):
+        page.check("#pg-two")
+    found = Axe().run(page, {"exclude": NOT_OURS}, RULES).response["violations"]
+    told = [(rule["id"], node["html"][:120], node["failureSummary"]) for rule in found for node in rule["nodes"]]
+    assert not told
+    page.close()
+
+
 def test_no_link_inside_the_book_is_broken(site, browser):
     page = browser.new_page()
     ids, links = {}, {}
@@ -105,8 +349,8 @@ def test_no_link_inside_the_book_is_broken(site, browser):
     for source, targets in links.items():
         for href in targets:
             target, fragment = urldefrag(urljoin(source, href))
-            if target in ids and fragment:
-                assert fragment in ids[target], f"{source}: no anchor {href}"
+            if target in ids and fragment:  # that of the playground has its state after it
+                assert fragment.partition("=")[0] in ids[target], f"{source}: no anchor {href}"
             elif target.startswith(site) and target not in ids:
                 assert page.request.get(target).ok, f"{source}: broken link {href}"
     page.close()

@@ -14,9 +14,15 @@ def generated(tmp_path, monkeypatch):
     return tmp_path / "generated"
 
 
-def test_every_template_becomes_a_page_without_gaps(generated, monkeypatch):
+def test_every_template_becomes_a_page_without_gaps(generated, tmp_path, monkeypatch):
     pages.write_paper_scale({})
-    run = Run(None, pd.DataFrame(), {"parameters": {"seed": 0}, "seconds": 90})
+    made = {
+        "git": {"commit": "1234567", "dirty": False},
+        "versions": {},
+        "machine": "m",
+        "finished": "2026-11-26T18:20",
+    }
+    run = Run(tmp_path, pd.DataFrame(), {"parameters": {"seed": 0}, "seconds": 90} | made)
     shown = {name: {"scale": "smoke", "runs": [run]} for name in pages.chapters()}
     ends = pd.DataFrame({"name": ["DPO", "IPO"], "seed": 0, "chosen": [-1.0, 0.5], "margin": 2.0, "won": 0.5})
     monkeypatch.setattr(pages.store, "frame", lambda runs: pd.DataFrame())
@@ -34,6 +40,7 @@ def test_every_template_becomes_a_page_without_gaps(generated, monkeypatch):
     templates = sorted(path.name for path in (pages.BOOK / "templates").iterdir())
     assert templates == sorted(path.name for path in generated.glob("*.md"))
     assert (generated / "softening.svg").exists()
+    assert '"runs of 06_variants, scale smoke": "1 seeds (0)' in (generated / "figures" / "softening.json").read_text()
     assert not [name for name in templates if "$" in (generated / name).read_text()]
     assert "| {doc}`/notebooks/01_mnist` | smoke | 1 | 1 | 1.5 |" in (generated / "chapters.md").read_text()
 

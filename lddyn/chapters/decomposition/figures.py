@@ -7,10 +7,10 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from lddyn.chapters.decomposition import evidence
-from lddyn.chapters.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, STYLES, band
+from lddyn.chapters.style import BLACK, BLUE, GREEN, GREY, MARKS, ORANGE, PURPLE, RED, STYLES, band
 
 RUN_COLORS = {"SFT": BLUE, "DPO": ORANGE, "RMSprop": GREEN, "SGD": RED, "LoRA": PURPLE, "AdamW": GREY}
-FROZEN_COLORS = {"A K G": "0.2", "A at the start": GREEN, "K at the start": BLUE, "G at the start": RED}
+FROZEN_COLORS = {"A K G": BLACK, "A at the start": GREEN, "K at the start": BLUE, "G at the start": RED}
 
 
 def predicted_against_measured(table: pd.DataFrame, etas: tuple[float, float]) -> Figure:
@@ -24,11 +24,12 @@ def predicted_against_measured(table: pd.DataFrame, etas: tuple[float, float]) -
         for ax, eta in zip(row, etas, strict=True):
             part = single[np.isclose(single.eta, eta)]
             limit = max(part.predicted.abs().max(), part.measured.abs().max()) * 1.5
-            ax.plot([-limit, limit], [-limit, limit], color="0.7", linewidth=0.8, zorder=0)
+            ax.plot([-limit, limit], [-limit, limit], color="0.7", linewidth=0.8, zorder=0, label="_equal")
             for kind, (color, line) in STYLES.items():
                 points = part[part.response_type == kind]
                 face = color if line == "-" else "none"
-                ax.scatter(points.predicted, points.measured, s=14, edgecolor=color, facecolor=face, label=kind)
+                mark = {"marker": MARKS[color], "edgecolor": color, "facecolor": face}
+                ax.scatter(points.predicted, points.measured, s=14, label=kind, **mark)
             for set_scale in (ax.set_xscale, ax.set_yscale):
                 set_scale("symlog", linthresh=limit / 100)
             share = evidence.explained(part.predicted.to_numpy(), part.measured.to_numpy())
@@ -49,7 +50,7 @@ def step_error_order(table: pd.DataFrame, marked: dict[str, float]) -> Figure:
         for column, color, label in (("change", BLUE, "measured change"), ("error", RED, "error of the prediction")):
             by_eta = errors.groupby("eta")[column]
             middle = by_eta.median()
-            ax.loglog(middle.index, middle, "o-", color=color, label=label, markersize=4)
+            ax.loglog(middle.index, middle, color=color, label=label, marker=MARKS[color], markersize=4)
             ax.fill_between(middle.index, by_eta.min(), by_eta.max(), color=color, alpha=0.15, linewidth=0)
         for text, eta in marked.items():
             ax.axvline(eta, color="0.5", linewidth=0.8, linestyle=":")
@@ -76,7 +77,7 @@ def summed_predictions(
             wide = {column: sums[column].unstack("seed").T for column in sums}
             band(ax, wide["measured"].columns, wide["measured"].to_numpy(), color, kind, linestyle=line)
             shown = wide["predicted"].mean().iloc[:: max(1, len(wide["predicted"].columns) // 16)]
-            ax.plot(shown.index, shown, ".", color=color, markersize=5)
+            ax.plot(shown.index, shown, ".", color=color, markersize=5, label=f"_{kind}, predicted")
         ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.set(title=name, xlabel="step")
     axes[0].set_ylabel("change of log π (nats)")
@@ -96,9 +97,10 @@ def explained_by_length(table: pd.DataFrame) -> Figure:
         )  # (seeds, lengths)
         x = [1, int(lengths[1]), steps]
         color = RUN_COLORS[name]
-        ax.plot(x, values.mean(0), "o-", color=color, label=name, markersize=4)
+        ax.plot(x, values.mean(0), color=color, label=name, marker=MARKS[color], markersize=4)
         for column, at in zip(values.T, x, strict=True):
-            ax.plot([at * 1.03**place] * len(column), column, "_", color=color, markersize=5)
+            label = f"_{name}, single seeds"
+            ax.plot([at * 1.03**place] * len(column), column, "_", color=color, markersize=5, label=label)
     ax.axhline(1, color="0.6", linewidth=0.8, zorder=0)
     ax.set(
         xscale="log",
@@ -134,9 +136,8 @@ def kernel_over_training(table: pd.DataFrame) -> Figure:
         seeds = [evidence.by_type(one, "kernel_norm") for _, one in parts[name].groupby("seed")]
         for kind in seeds[0]:
             color, line = STYLES[kind]
-            ax.plot(
-                seeds[0].index, np.mean([wide[kind] for wide in seeds], axis=0), color=color, linestyle=line, label=kind
-            )
+            mean = np.mean([wide[kind] for wide in seeds], axis=0, keepdims=True)
+            band(ax, seeds[0].index, mean, color, kind, linestyle=line)
         ax.set(
             title=f"{name}: ‖K‖ with the chosen answer" if name == "SFT" else f"{name}: ‖K‖ with the pair",
             xlabel="step",
@@ -169,7 +170,7 @@ def stand_ins(table: pd.DataFrame) -> Figure:
             places = np.arange(len(frame.columns)) + shift
             ax.barh(places, frame.mean(), height=0.34, color=RUN_COLORS[name], label=name)
             for values in frame.to_numpy():
-                ax.plot(values, places, ".", color="0.25", markersize=3)
+                ax.plot(values, places, ".", color="0.25", markersize=3, label=f"_{name}, single seeds")
             ax.set_yticks(range(len(frame.columns)), frame.columns)
     for ax, title in zip(
         axes, ("order over types against its last", "order over types against that of ‖K‖"), strict=True
@@ -212,9 +213,9 @@ def printed_sign_deltas(table: pd.DataFrame) -> Figure:
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for ax, name in zip(axes, evidence.MAIN.values(), strict=True):
         seeds = pd.DataFrame([evidence.printed_sign_delta(one) for _, one in parts[name].groupby("seed")])
-        ax.barh(seeds.columns, seeds.mean(), color=[STYLES[kind][0] for kind in seeds], alpha=0.85)
+        ax.barh(seeds.columns, seeds.mean(), color=[STYLES[kind][0] for kind in seeds], alpha=0.85, label="_mean")
         for values in seeds.to_numpy():
-            ax.plot(values, seeds.columns, ".", color="0.25", markersize=3)
+            ax.plot(values, seeds.columns, ".", color="0.25", markersize=3, label="_single seeds")
         ax.axvline(0, color="0.4", linewidth=0.8)
         ax.set(title=name, xlabel="SignDelta as printed (nats per η)")
     axes[0].invert_yaxis()

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lddyn.chapters.digits import evidence
-from lddyn.chapters.style import BLUE, GREEN, GREY, ORANGE, RED, band
+from lddyn.chapters.style import BLUE, GREEN, GREY, MARKS, ORANGE, RED, band
 
 
 def per_seed(table: pd.DataFrame, metric: str, prompt_id: str, response_type: str) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +48,7 @@ def leaks(table: pd.DataFrame) -> Figure:
     last = mean_matrix(table, "prob_mean", table[table.metric == "prob_mean"].step.max())
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=[1, 1.15])
     for true, color in ((4, BLUE), (9, ORANGE), (0, GREY)):
-        left.plot(range(10), last[true], "o-", color=color, label=f"images of {true}", markersize=4)
+        left.plot(range(10), last[true], color=color, label=f"images of {true}", marker=MARKS[color], markersize=4)
     left.set(yscale="log", xticks=range(10), xlabel="predicted class", ylabel="mean probability")
     left.legend()
     shown = np.where(np.eye(10, dtype=bool), np.nan, last * 100)
@@ -73,7 +73,7 @@ def error_order(ax, table: pd.DataFrame) -> None:
     ):
         by_eta = rows[rows.metric == metric].groupby("eta").value
         middle = by_eta.median()
-        ax.loglog(middle.index, middle, "o-", color=color, label=label, markersize=4)
+        ax.loglog(middle.index, middle, color=color, label=label, marker=MARKS[color], markersize=4)
         ax.fill_between(
             middle.index, by_eta.quantile(0.05), by_eta.quantile(0.95), color=color, alpha=0.15, linewidth=0
         )
@@ -107,7 +107,8 @@ def kernel_and_leak(table: pd.DataFrame) -> Figure:
         for v in range(10):
             if o != v:
                 named = {o, v} in ({4, 9}, {3, 5}, {5, 8})
-                ax.scatter(kernel[o, v], leak[o, v], s=14, color=RED if named else GREY, zorder=2 + named)
+                color, label = (RED, None) if named else (GREY, "_other pairs")
+                ax.scatter(kernel[o, v], leak[o, v], s=14, color=color, label=label, zorder=2 + named)
                 if named:
                     ax.annotate(
                         f"{o}→{v}",

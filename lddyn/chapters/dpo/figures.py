@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from lddyn.chapters import statistics
 from lddyn.chapters.dpo import evidence
-from lddyn.chapters.style import BLUE, GREEN, GREY, ORANGE, RED, STYLES, band, curves
+from lddyn.chapters.style import BLUE, GREEN, GREY, MARKS, ORANGE, RED, STYLES, band, curves
 
 PATH_STYLES = {"chosen": (BLUE, "-"), "rejected": (ORANGE, "-"), "never trained": (RED, "--")}
 
@@ -94,7 +94,8 @@ def mass_account(table: pd.DataFrame) -> Figure:
             values = mean.loc[[f"mass_{group}" for group in ACCOUNT]].to_numpy()  # (groups, seeds)
             spread = [values.mean(1) - values.min(1), values.max(1) - values.mean(1)]
             place = np.arange(len(ACCOUNT)) + 0.38 * n
-            ax.bar(place, values.mean(1), 0.36, yerr=spread, color=color, capsize=3, label=f"{split} prompts")
+            look = {"color": color, "hatch": "///" * n, "edgecolor": "white", "capsize": 3}
+            ax.bar(place, values.mean(1), 0.36, yerr=spread, label=f"{split} prompts", **look)
         ax.axhline(0, color="0.4", linewidth=0.8)
         ax.set(title=title, xticks=np.arange(len(ACCOUNT)) + 0.19)
         ax.set_xticklabels(ACCOUNT.values(), rotation=20)
@@ -114,7 +115,7 @@ def sft_before_dpo(ends: pd.DataFrame) -> Figure:
     fig, ax = plt.subplots(figsize=(6.5, 3.6))
     for kind, (color, line) in END_STYLES.items():
         wide = ends.pivot(index="seed", columns="sft_epochs", values=kind)
-        band(ax, wide.columns, wide.to_numpy(), color, kind, linestyle=line, marker="o", markersize=4)
+        band(ax, wide.columns, wide.to_numpy(), color, kind, linestyle=line)
     ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     ax.set(xlabel="epochs of SFT before DPO", ylabel="end change in DPO (nats)")
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # the lines fill the panel
@@ -128,7 +129,7 @@ def rate_and_beta(ends: pd.DataFrame) -> Figure:
     for ax, beta in zip(axes, betas, strict=True):
         for kind, (color, line) in END_STYLES.items():
             wide = ends[ends.beta == beta].pivot(index="seed", columns="lr", values=kind)
-            band(ax, wide.columns, wide.to_numpy(), color, kind, linestyle=line, marker="o", markersize=4)
+            band(ax, wide.columns, wide.to_numpy(), color, kind, linestyle=line)
         ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.set(xscale="log", xlabel="learning rate", title=f"β = {beta:g}")
         ax.minorticks_off()
@@ -163,9 +164,9 @@ def when_top_rises(ends: pd.DataFrame) -> Figure:
 def valley_slope(fit: dict) -> Figure:
     """What nobody pushes against how likely the rejected answer was, the rest held fixed (`evidence.valley`)."""
     fig, ax = plt.subplots(figsize=(5.6, 3.4))
-    ax.scatter(fit["x"], fit["y"], s=12, color=GREY, alpha=0.7)
+    ax.scatter(fit["x"], fit["y"], s=12, color=GREY, alpha=0.7, label="_prompts")
     ends = np.array([fit["x"].min(), fit["x"].max()])
-    ax.plot(ends, fit["slope"] * ends, color=BLUE)
+    ax.plot(ends, fit["slope"] * ends, color=BLUE, label="_regression")
     ax.fill_between(ends, fit["interval"][0] * ends, fit["interval"][1] * ends, color=BLUE, alpha=0.18, linewidth=0)
     ax.set(
         xlabel="log π(rejected) per token at the start, rest fixed (nats)",
@@ -183,7 +184,8 @@ def repeated(table: pd.DataFrame) -> Figure:
             part = rows[rows.prompt_id.astype(str).str.startswith(split)]
             mean = part.groupby(["step", "seed"]).value.mean().unstack("seed") * scale
             for n, seed in enumerate(mean):
-                ax.plot([0, 1], mean[seed], color=color, marker="o", label=None if n else f"{split} prompts")
+                label = f"_{split} prompts, seed {seed}" if n else f"{split} prompts"
+                ax.plot([0, 1], mean[seed], color=color, marker=MARKS[color], label=label)
         ax.set(xticks=[0, 1], xticklabels=["before", "after"], xlim=(-0.3, 1.3))
     axes[0].set(title="repeated 4-grams (%)")
     axes[1].set(title="log π of the greedy answer (nats)")

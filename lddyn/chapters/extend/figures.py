@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from lddyn.chapters import statistics
 from lddyn.chapters.extend import evidence, judging
 from lddyn.chapters.extend.evidence import ARMS, OTHER_DESIGNS
-from lddyn.chapters.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, band
+from lddyn.chapters.style import BLUE, GREEN, GREY, MARKS, ORANGE, PURPLE, RED, TEAL, band
 
 ARM_STYLES = {"baseline": (GREY, "-"), "extended": (BLUE, "-"), "equal steps": (GREY, "--")}
 FOUND = {"right": BLUE, "missing": GREY, "wrong": RED, "casual": ORANGE, "garbled": PURPLE, "off_topic": GREEN}
@@ -61,8 +61,9 @@ def start_of_dpo(table: pd.DataFrame, epochs: float) -> Figure:
         steps, values = _of_arm(table, arm, "chosen", "argmax_logp_sum")
         here = (steps >= 0) & (steps <= steps.max() / 2)
         x = steps[here] / steps.max() * epochs
-        for line in values:
-            ax.plot(x, line[here] - line[steps == 0], color=color, marker="o", markersize=3, linewidth=1.2)
+        for n, line in enumerate(values, 1):
+            look = {"color": color, "marker": "o", "markersize": 3, "linewidth": 1.2, "label": f"_run {n}"}
+            ax.plot(x, line[here] - line[steps == 0], **look)
         ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.axvspan(0, epochs / 4, color="0.93", zorder=-1)
         ax.set(title=arm, xlabel="epochs of DPO")
@@ -80,8 +81,9 @@ def at_equal_margin(table: pd.DataFrame) -> Figure:
                 gap = evidence.growth(run, arm)
                 which = (kind, metric) if metric else ("chosen", "argmax_logp_sum")
                 values = evidence.changes(run, arm, *which)
-                label = arm if n == 0 else None
-                ax.plot(gap, values[values.index >= 0], color=color, linestyle=line, linewidth=1.2, label=label)
+                label = f"_{arm}, run {n + 1}" if n else arm
+                look = {"color": color, "linestyle": line, "linewidth": 1.2, "marker": MARKS[color], "markersize": 3}
+                ax.plot(gap, values[values.index >= 0], label=label, **look)
         ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.set(title=kind, xlabel="growth of the gap (nats)")
     axes[0].set_ylabel("change of log π since\nthe start of DPO (nats)")
@@ -114,7 +116,8 @@ def win_rates_over_epochs(rates: pd.DataFrame, control: pd.DataFrame) -> Figure:
 
 def _points(ax, x, y: np.ndarray, ends: np.ndarray, color: str, label: str) -> None:
     away = np.clip(np.abs(ends.T - y), 0, None)
-    ax.errorbar(x, y, yerr=away, color=color, marker="o", markersize=4, capsize=3, linewidth=1.4, label=label)
+    look = {"color": color, "marker": MARKS[color], "markersize": 4, "capsize": 3, "linewidth": 1.4}
+    ax.errorbar(x, y, yerr=away, label=label, **look)
 
 
 def won_tied_lost(rates: pd.DataFrame) -> Figure:
@@ -141,11 +144,11 @@ def what_the_judge_found(table: pd.DataFrame, epochs: float) -> Figure:
     for ax, arm in zip(axes, ARM_STYLES, strict=False):
         for field, color in FOUND.items():
             steps, values = _found(table, arm, field)
-            band(ax, steps / steps.max() * epochs, values, color, field, marker="o", markersize=3)
+            band(ax, steps / steps.max() * epochs, values, color, field, markersize=3)
         ax.set(title=arm, xlabel="epochs of DPO", ylim=(-0.05, 2.05))
     for arm, (color, line) in ARM_STYLES.items():
         steps, values = _found(table, arm, "score")
-        band(axes[-1], steps / steps.max() * epochs, values, color, arm, linestyle=line, marker="o", markersize=3)
+        band(axes[-1], steps / steps.max() * epochs, values, color, arm, linestyle=line, markersize=3)
     axes[0].set_ylabel("in a sampled answer")
     axes[0].legend(fontsize=7)
     axes[-1].set(title="score", xlabel="epochs of DPO")
@@ -161,15 +164,14 @@ def _found(table: pd.DataFrame, arm: str, field: str) -> tuple[np.ndarray, np.nd
 def lead_by_design(rates: pd.DataFrame) -> Figure:
     """Lead of extended, won minus lost over all pairs, in each design of the world. rates: `evidence.win_rates`."""
     rows = rates[rates.decoding == "sampled"]
-    designs, colors = [d for d in ("main", *OTHER_DESIGNS) if d in set(rows.design)], (GREY, "#63b3ed", BLUE, PURPLE)
+    designs, colors = [d for d in ("main", *OTHER_DESIGNS) if d in set(rows.design)], (GREY, TEAL, BLUE, PURPLE)
     fig, ax = plt.subplots(figsize=(7, 0.55 * len(designs) + 1.2))
     for shift, (epoch, color) in enumerate(zip(sorted(rows.epoch.unique()), colors, strict=False)):
         part = rows[rows.epoch == epoch].set_index("design").loc[designs]
         places = np.arange(len(designs)) + 0.18 * (shift - 1.5)
         away = np.abs(part[["lead_low", "lead_high"]].to_numpy().T - part.lead.to_numpy())
-        ax.errorbar(
-            part.lead, places, xerr=away, fmt="o", color=color, markersize=4, capsize=2, label=f"{epoch:g} epochs"
-        )
+        look = {"fmt": MARKS[color], "color": color, "markersize": 4, "capsize": 2}
+        ax.errorbar(part.lead, places, xerr=away, label=f"{epoch:g} epochs", **look)
     ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(designs)), designs)
     ax.set(xlabel="share won minus share lost by extended", xlim=(-1, 1))

@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from lddyn.chapters.sft import evidence
-from lddyn.chapters.style import GREY, PURPLE, RED, STYLES, change_panel
+from lddyn.chapters.style import GREY, MARKS, PURPLE, RED, STYLES, change_panel
 
 
 def early_curves(table: pd.DataFrame, per_epoch: float, epochs: float = 3) -> Figure:
@@ -35,7 +35,8 @@ def hallucination(table: pd.DataFrame, per_epoch: float) -> Figure:
         values = shares.loc[metric].to_numpy()  # (before and after, seeds)
         spread = [values.mean(1) - values.min(1), values.max(1) - values.mean(1)]
         color = RED if n == 0 else GREY
-        axes[2].bar(np.arange(2) + 0.38 * n, values.mean(1), 0.36, yerr=spread, color=color, label=label, capsize=3)
+        look = {"color": color, "hatch": "///" * n, "edgecolor": "white", "capsize": 3}
+        axes[2].bar(np.arange(2) + 0.38 * n, values.mean(1), 0.36, yerr=spread, label=label, **look)
     axes[2].set(
         xticks=[0.19, 1.19], xticklabels=["before", "after"], ylabel="4-grams reused (%)", title="greedy answers"
     )
@@ -69,7 +70,8 @@ def size_trends(cells: pd.DataFrame) -> Figure:
         for (data, rows), (color, line) in zip(cells.groupby("data"), ((GREY, "-"), (PURPLE, "--")), strict=False):
             mean = rows.groupby("parameters")[column].mean()
             ax.plot(mean.index, mean, color=color, linestyle=line, label=Path(data).stem)
-            ax.plot(rows.parameters, rows[column], "o", color=color, markersize=3.5, alpha=0.6)
+            dots = {"markersize": 3.5, "alpha": 0.6, "label": f"_{Path(data).stem}, single seeds"}
+            ax.plot(rows.parameters, rows[column], MARKS[color], color=color, **dots)
         ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.set(title=title, xlabel="parameters", xscale="log")
     axes[0].set_ylabel("nats")

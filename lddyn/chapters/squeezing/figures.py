@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lddyn.chapters.squeezing.run import PUSHED, STRENGTHS
 from lddyn.chapters.squeezing.steps import Moved
-from lddyn.chapters.style import BLUE, GREEN, GREY, ORANGE, RED, band
+from lddyn.chapters.style import BLUE, GREEN, GREY, MARKS, ORANGE, RED, band
 from lddyn.theory import softmax
 
 
@@ -53,7 +53,7 @@ def threshold(z: Tensor, y: Tensor, strengths: Sequence[float]) -> Figure:
     p = logp.exp()
     for strength, color in zip(strengths, (BLUE, ORANGE, RED), strict=True):
         change = (softmax.step(z, y, -strength).log_softmax(-1) - logp)[others]
-        left.plot(p[others], change, ".", color=color, markersize=3, label=f"$|\\eta'| = {strength:g}$")
+        left.plot(p[others], change, MARKS[color], color=color, markersize=2.5, label=f"$|\\eta'| = {strength:g}$")
     left.axhline(0, color="0.3", linewidth=0.8)
     left.set(xscale="log", xlabel="probability before", ylabel=r"$\Delta\log p$ (nats)")
     left.set_yscale("symlog", linthresh=0.01)
@@ -61,7 +61,7 @@ def threshold(z: Tensor, y: Tensor, strengths: Sequence[float]) -> Figure:
     sizes = torch.logspace(-1, 3, 41).tolist()
     right.semilogx(sizes, [softmax.threshold(logp, y, -e) for e in sizes], color=BLUE, label="exact threshold")
     right.axhline(p.square().sum() - p[y], color=GREY, linestyle="--", label=r"first order, $\|p\|^2 - p_y$")
-    right.axhline(p[others].max(), color=GREEN, linestyle="--", label="$p_{y^*}$")
+    right.axhline(p[others].max(), color=GREEN, linestyle=":", label="$p_{y^*}$")
     right.set(xlabel=r"size of the step $|\eta'|$", ylabel="a label rises above this probability", ylim=(0, None))
     right.legend(fontsize=8)
     return fig
@@ -90,7 +90,7 @@ def pushed_label(table: pd.DataFrame) -> Figure:
     )
     for ax, metric, color, label in lines:
         wide = table[table.metric == metric].groupby(["seed", "step"]).value.mean().unstack()
-        band(ax, PUSHED, wide.to_numpy(), color, label, marker="o", markersize=4)
+        band(ax, PUSHED, wide.to_numpy(), color, label)
     for ax in (left, right):
         ax.set(xscale="log", xlabel="probability of the pushed label, $p_y$")
         ax.invert_xaxis()
@@ -111,7 +111,7 @@ def residual_forces(margins: Tensor, forces: Mapping[str, tuple[Tensor, Tensor]]
     for ax, (name, (chosen, rejected)) in zip(axes.flat, forces.items(), strict=True):
         unit = max(abs(chosen[start]), abs(rejected[start]))
         ax.plot(margins, chosen / unit, color=BLUE, label="on chosen")
-        ax.plot(margins, rejected / unit, color=RED, label="on rejected")
+        ax.plot(margins, rejected / unit, color=RED, linestyle="--", label="on rejected")
         ax.axhline(0, color="0.3", linewidth=0.8)
         ax.axvline(0, color="0.3", linewidth=0.5, linestyle=":")
         ax.set(title=f"{name}  (unit {unit:.2g})", ylim=(-2.4, 2.4))

@@ -7,12 +7,12 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
-from lddyn.chapters.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, band, curves
+from lddyn.chapters.style import BLUE, BROWN, GREEN, GREY, MARKS, ORANGE, PURPLE, RED, TEAL, band, curves
 from lddyn.chapters.variants import evidence
 
 OUTCOMES = {"chosen": BLUE, "rejected": ORANGE, "y* along chosen": GREEN, "unpushed": RED}
 PUSHED_COLORS = {
-    "greedy": GREEN, "sampled": PURPLE, "rejected": ORANGE, "rejected_semantic": "#f6ad55", "other_train": RED,
+    "greedy": GREEN, "sampled": PURPLE, "rejected": ORANGE, "rejected_semantic": BROWN, "other_train": RED,
     "unrelated": GREY,
 }  # fmt: skip
 
@@ -20,6 +20,10 @@ PUSHED_COLORS = {
 def _shorter(values: np.ndarray) -> np.ndarray:
     """Symmetric log scale: linear up to 1 nat, then logarithmic."""
     return np.sign(values) * np.log1p(np.abs(values))
+
+
+def _longer(values: np.ndarray) -> np.ndarray:
+    return np.sign(values) * np.expm1(np.abs(values))
 
 
 def forces_and_outcomes(ends: pd.DataFrame, table: pd.DataFrame, beta: float) -> Figure:
@@ -40,25 +44,24 @@ def forces_and_outcomes(ends: pd.DataFrame, table: pd.DataFrame, beta: float) ->
         reference = tuple(torch.full_like(h, value) for value in logps)
         up, down = evidence.forces(name, reference[0] + h / 2, reference[1] - h / 2, reference, lengths, beta)
         unit = max(abs(up[0]), abs(down[0]))
-        left.plot(h, up / unit, color=BLUE)
-        left.plot(h, down / unit, color=ORANGE)
-        left.plot(h[-1], up[-1] / unit, "o", color=BLUE, markersize=4)
-        left.plot(h[-1], down[-1] / unit, "o", color=ORANGE, markersize=4)
+        for force, color, line, label in ((up, BLUE, "-", "_on chosen"), (down, ORANGE, "--", "_on rejected")):
+            left.plot(h, force / unit, color=color, linestyle=line, label=label)
+            left.plot(h[-1:], force[-1:] / unit, MARKS[color], color=color, markersize=4, label=f"{label}, at the end")
         left.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         left.set(ylim=(-1.25, 1.25), yticks=[-1, 0, 1])
         left.set_ylabel(name, rotation=0, ha="right", va="center")
         for place, (kind, color) in enumerate(OUTCOMES.items()):
             values = rows[kind].to_numpy()
-            right.barh(place, _shorter(values.mean()), color=color, height=0.75)
-            right.plot(_shorter(values), [place] * len(values), ".", color="0.25", markersize=3)
+            right.barh(place, values.mean(), color=color, height=0.75, label="_mean")
+            right.plot(values, [place] * len(values), ".", color="0.25", markersize=3, label="_single seeds")
             right.text(
                 1.02, place, f"{values.mean():+.1f}", transform=right.get_yaxis_transform(), fontsize=7, va="center"
             )
         right.axvline(0, color="0.4", linewidth=0.8)
         right.set(yticks=range(len(OUTCOMES)), ylim=(len(OUTCOMES) - 0.5, -0.5))
         right.set_yticklabels(OUTCOMES, fontsize=7)
-    ticks = np.array([-100, -30, -10, -3, -1, 0, 1, 3])
-    axes[-1, 1].set_xticks(_shorter(ticks), ticks)
+        right.set_xscale("function", functions=(_shorter, _longer))
+        right.set_xticks(ticks := [-100, -30, -10, -3, -1, 0, 1, 3], ticks)
     axes[-1, 0].set_xlabel("margin of the log-ratios (nats)")
     axes[-1, 1].set_xlabel("end change of log π (nats, logarithmic)")
     axes[0, 0].set_title("force on chosen and rejected")
@@ -102,7 +105,7 @@ def softening(ends: pd.DataFrame) -> Figure:
             for axis, column in enumerate((x, "chosen")):
                 ends_of = np.tile(place, (2, 1))
                 ends_of[:, axis] = low.loc[name, column], high.loc[name, column]
-                ax.plot(*ends_of.T, color=colors[name], linewidth=1, alpha=0.6)
+                ax.plot(*ends_of.T, color=colors[name], linewidth=1, alpha=0.6, label=f"_{name}, range of the seeds")
             ax.plot(*place, "o", color=colors[name], markersize=5)
         ax.margins(x=0.14)
         _label(ax, mean[[x, "chosen"]])
@@ -150,8 +153,8 @@ def pushed_sources(ends: pd.DataFrame) -> Figure:
     for ax, (kind, color) in zip(axes, panels.items(), strict=True):
         for place, name in enumerate(names):
             values = ends.loc[ends.name == name, kind].to_numpy()
-            ax.plot(values, [place] * len(values), "o", color=color, alpha=0.45, markersize=4)
-            ax.plot(values.mean(), place, "|", color=color, markersize=16, markeredgewidth=2.5)
+            ax.plot(values, [place] * len(values), "o", color=color, alpha=0.45, markersize=4, label="_single seeds")
+            ax.plot(values.mean(), place, "|", color=color, markersize=16, markeredgewidth=2.5, label="_mean")
         ax.set(title=titles.get(kind, kind), yticks=range(len(names)), yticklabels=names)
         if kind == "sampled":
             ax.axvline(ends.loc[ends.name == "SFT", kind].mean(), color="0.6", linewidth=0.8, zorder=0)
@@ -168,12 +171,12 @@ def pushed_over_rounds(table: pd.DataFrame) -> Figure:
     rows = table[table.metric == "pushed_before"]
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, sharex=True)
     names = [name for name in evidence.SOURCES if name in set(rows.name)]
-    colors = dict(zip(names, (ORANGE, "#f6ad55", PURPLE, GREY, "#63b3ed", BLUE), strict=False))
+    colors = dict(zip(names, (ORANGE, BROWN, PURPLE, GREY, TEAL, BLUE), strict=False))
     for ax, kind in zip(axes, ("chosen", "rejected"), strict=True):
         for name in names:
             part = rows[(rows.name == name) & (rows.response_type == kind)]
             values = part.pivot(index="seed", columns="step", values="value")
-            band(ax, np.arange(1, values.shape[1] + 1), values.to_numpy(), colors[name], name, marker="o", markersize=3)
+            band(ax, np.arange(1, values.shape[1] + 1), values.to_numpy(), colors[name], name)
         ax.set(title=f"{kind} of the round", xlabel="round", xticks=range(1, values.shape[1] + 1))
     axes[0].set_ylabel("log π per token before the round (nats)")
     axes[1].legend(fontsize=7)
@@ -185,9 +188,9 @@ def push_scatter(fit: dict) -> Figure:
     fig, ax = plt.subplots(figsize=(6.5, 3.8))
     for kind, color in PUSHED_COLORS.items():
         part = fit["kind"] == kind
-        ax.scatter(fit["x"][part], fit["y"][part], s=14, color=color, alpha=0.7, label=kind)
+        ax.scatter(fit["x"][part], fit["y"][part], s=14, color=color, marker=MARKS[color], alpha=0.7, label=kind)
     ends = np.array([fit["x"].min(), fit["x"].max()])
-    ax.plot(ends, fit["slope"] * ends, color=BLUE)
+    ax.plot(ends, fit["slope"] * ends, color=BLUE, label="_regression")
     ax.fill_between(ends, fit["interval"][0] * ends, fit["interval"][1] * ends, color=BLUE, alpha=0.18, linewidth=0)
     ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     ax.set(
