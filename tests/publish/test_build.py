@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lddyn.chapters import claims, sentences
+from lddyn.chapters import sentences
 from lddyn.engine import store
 from lddyn.publish import build, notebooks, pages
 
