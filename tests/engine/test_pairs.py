@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lddyn.engine import models, pairs, probes
+from lddyn.engine import models, probes, training
 
 PROMPTS = [[5, 6, 7, 8], [9, 5]]
 CHOSEN, REJECTED = [[3, 4, 5], [6, 7, 8, 9]], [[3, 8], [2, 4, 6, 3, 3]]
@@ -16,7 +16,7 @@ def batch():
 
 def test_a_row_is_prompt_chosen_rejected_and_an_answer_sees_its_prompt_and_itself():
     ids, mask = batch()
-    packed = pairs.pack(ids, mask)
+    packed = training.pack(ids, mask)
     assert packed.ids[0, :8].tolist() == [5, 6, 7, 8, 3, 4, 5, 8]  # both answers begin with 3
     assert packed.positions[0, :8].tolist() == [0, 1, 2, 3, 4, 5, 6, 5]
     assert packed.sees[0, 7, :8].tolist() == [True] * 5 + [False, False, True]
@@ -27,7 +27,7 @@ def test_a_row_is_prompt_chosen_rejected_and_an_answer_sees_its_prompt_and_itsel
 def gradients(model, packed: bool):
     ids, mask = batch()
     model.zero_grad()
-    with pairs.shared(model, BOTH) if packed else torch.enable_grad():
+    with training.packed_pairs(model, BOTH) if packed else torch.enable_grad():
         hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         logps = model.get_output_embeddings()(hidden).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
         (logps * mask[:, 1:] * torch.tensor([[1.0], [1.0], [-1.0], [-1.0]])).sum().backward()
@@ -55,7 +55,7 @@ def test_a_model_with_a_short_window_is_left_as_it_is(model_folder):
     )  # fmt: skip
     model = MistralForCausalLM(config)
     before = model.base_model.forward
-    with pairs.shared(model, BOTH):
+    with training.packed_pairs(model, BOTH):
         assert model.base_model.forward == before
 
 
@@ -64,7 +64,7 @@ def test_what_is_no_batch_of_pairs_is_computed_as_ever(model_folder):
     ids = torch.tensor([[5, 6, 7], [5, 6, 8], [5, 6, 9]])
     with torch.no_grad():
         then = model(input_ids=ids).logits
-        with pairs.shared(model, BOTH):
+        with training.packed_pairs(model, BOTH):
             assert torch.equal(model(input_ids=ids).logits, then)
             text = {"input_ids": ids[:2], "attention_mask": torch.ones_like(ids[:2])}
             assert torch.equal(model(**text, use_cache=True).logits, then[:2])
