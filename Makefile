@@ -52,7 +52,7 @@ address:  ## write where this repository lives wherever it is named: make addres
 		git grep -lF "$$old" | xargs perl -pi -e "s|\Q$$old\E|$(ADDRESS)|g"
 
 book: $(READY)  ## run every stale notebook at SCALE and build book/_build/html
-	$(PY) -m lddyn book --scale $(SCALE)
+	$(PY) -m lddyn book --scale $(SCALE)$(if $(STRICT), --strict)
 
 test: $(READY)  ## run the tests, two at a time, and name the ten slowest; pytest -m "not slow" is the quick loop
 	$(PY) -m pytest -n 2 --dist worksteal --durations 10 -m "not browser"

@@ -14,7 +14,7 @@ from lddyn.chapters import claims
 from lddyn.engine import pool, pretraining, store
 from lddyn.engine.released import FILE
 from lddyn.publish import build, notebooks, pages, pdf, status
-from lddyn.workshop import chat, estimate, launch, pretrained, released, rephrase, report, sweep, tune
+from lddyn.workshop import chat, estimate, launch, pretrained, released, rephrase, replicates, report, sweep, tune
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     book = commands.add_parser("book", help="execute every stale notebook and build the book")
     book.add_argument("--scale", default="laptop")
     book.add_argument("--force", action="store_true", help="execute fresh notebooks too")
+    book.add_argument("--strict", action="store_true", help="fail where a text says what its table does not")
 
     pdf = commands.add_parser("pdf", help="print the built book to one PDF (needs Chromium)")
     pdf.add_argument("--out", type=Path, default=store.ROOT / "book" / "_build" / "companion.pdf")
@@ -90,6 +91,11 @@ def parser() -> argparse.ArgumentParser:
     again = commands.add_parser("pretrain", help="make the built-in models again and say whether they are equal")
     again.add_argument("sizes", nargs="*", help="tiny, small, world (default: all)")
     again.add_argument("--ship", action="store_true", help="put them in the place of those of the package")
+
+    other = commands.add_parser("replicates", help="record chapters 3 and 5 with other base models and data")
+    other.add_argument("--scale", default="laptop", help="whose settings (default: laptop)")
+    how = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "FILE")}
+    other.add_argument("--data", help="more data than halves of the built-in pairs, in JSON Lines", **how)
 
     real = commands.add_parser("pretrained", help="make the recorded runs on SmolLM2 again, and compare")
     real.add_argument("pieces", nargs="*", help="such as 03_sft/main (default: all, what matters most first)")
@@ -175,7 +181,7 @@ def _rephrase(a) -> int:
 
 def _book(a) -> int:
 
-    return build.build(a.scale, a.force)
+    return build.build(a.scale, a.force, a.strict)
 
 
 def _pdf(a) -> int:
@@ -226,6 +232,12 @@ def _pretrain(a) -> int:
     return 0 if equal else 1
 
 
+def _replicates(a) -> int:
+    pool.show_progress()
+    print(replicates.record(a.scale, dict(a.data), {}))
+    return 0
+
+
 def _pretrained(a) -> int:
     pool.show_progress()
     pretrained.make(a.pieces, {"seeds": a.seeds, "first_seed": a.first_seed}, a.record)
@@ -247,6 +259,7 @@ COMMANDS = {
     "released": _released,
     "pretrain": _pretrain,
     "pretrained": _pretrained,
+    "replicates": _replicates,
 }
 
 if __name__ == "__main__":

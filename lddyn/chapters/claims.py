@@ -4,18 +4,15 @@ At the end how they, and other tables of pages, become text.
 """
 
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from html import escape
-from importlib import import_module
 
-import numpy as np
 import pandas as pd
 import yaml
 
 from lddyn import InputError
-from lddyn.chapters import statistics
+from lddyn.chapters import sentences, statistics
 from lddyn.engine import recorded, released, store
 from lddyn.engine.store import BOOK, Run, frame
 
@@ -34,28 +31,11 @@ def ledger() -> list[dict]:
             raise InputError(f"{where}: needs id (in order), claim, source, paper; missing {missing or 'order'}")
         for part in parts(entry):
             try:
-                statistic(part["chapter"], part["statistic"])
+                sentences.statistic(part["chapter"], part["statistic"])
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None
-            _rule(part["holds"], where)
+            sentences.rule(part["holds"], where)
     return entries
-
-
-def room(chapter: str) -> str:
-    """The folder of a chapter in `lddyn.chapters`, from the name of its notebook: `sft` of 03_sft."""
-    return {"01_mnist": "digits"}.get(chapter, chapter[3:])
-
-
-def statistic(chapter: str, name: str) -> Callable[..., float]:
-    """A statistic by name, from the chapter's evidence or from what chapters share; `InputError` if there is none."""
-    try:
-        own = import_module(f"lddyn.chapters.{room(chapter)}.evidence")
-    except ModuleNotFoundError:
-        raise InputError(f"there is no chapter {chapter!r}") from None
-    found = getattr(own, name, None) or getattr(import_module("lddyn.chapters.statistics"), name, None)
-    if not callable(found):
-        raise InputError(f"chapter {chapter} has no statistic {name!r}")
-    return found
 
 
 def parts(claim: Mapping) -> list[dict]:
@@ -68,20 +48,9 @@ def of_chapter(chapter: str) -> list[dict]:
     return [claim for claim in ledger() if chapter in {part["chapter"] for part in parts(claim)}]
 
 
-def _rule(text: str, where: str) -> tuple[float, float]:
-    """`> x`, `< x` or `in [x, y]` as an interval that the statistic must lie in."""
-    number = r"([-+.\deE]+)"
-    if match := re.fullmatch(rf"([<>]) {number}", text):
-        bound = float(match[2])
-        return (bound, math.inf) if match[1] == ">" else (-math.inf, bound)
-    if match := re.fullmatch(rf"in \[{number}, {number}\]", text):
-        return float(match[1]), float(match[2])
-    raise InputError(f"{where}: rule {text!r} is not '> x', '< x' or 'in [x, y]'")
-
-
 def by_seed(runs: Sequence[Run]) -> list[pd.DataFrame]:
     """The runs' tables, joined for each seed."""
-    return [table for _, table in frame(runs).groupby("seed")]
+    return [table for _, table in frame(runs).groupby("seed")] if runs else []
 
 
 def of_sweep(name: str) -> list[pd.DataFrame]:
@@ -93,24 +62,15 @@ def of_sweep(name: str) -> list[pd.DataFrame]:
     return [rows for _, rows in table.groupby("seed")]
 
 
-def value(measure: Callable[..., float], table: pd.DataFrame, given: Mapping) -> float:
-    """A statistic of one seed's table; not a number where the table does not measure it."""
-    try:
-        return measure(table, **given)
-    except statistics.NotMeasured:
-        return math.nan
-
-
 def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
     """One part of a claim over seeds: `says, holds, ours, interval, outcome` (holds, fails or undecided), `seeds`.
 
     The outcome is decided by the whole interval; for an `exact` part (an identity), by every single seed. Where no run
     measures it, `ours` is None and the outcome undecided. Every other error of a statistic is raised.
     """
-    measure, given = statistic(part["chapter"], part["statistic"]), part.get("arguments", {})
-    values = np.array([value(measure, table, given) for table in tables])
-    values = values[~np.isnan(values)]  # without the seeds whose runs do not measure it
-    low, high = _rule(part["holds"], part["statistic"])
+    measure = sentences.statistic(part["chapter"], part["statistic"])
+    values = sentences.values(measure, part.get("arguments", {}), tables)
+    low, high = sentences.rule(part["holds"], part["statistic"])
     if not len(values):
         ours, (a, b), outcome = None, (-math.inf, math.inf), "undecided"
     elif part.get("exact"):
@@ -118,14 +78,16 @@ def judge(part: Mapping, tables: Sequence[pd.DataFrame]) -> dict:
         outcome = "holds" if low <= a and b <= high else "fails"
     else:
         ours, a, b = statistics.mean_interval(values)
-        outcome = "holds" if low <= a and b <= high else "fails" if b < low or a > high else "undecided"
+        outcome = sentences.outcome((a, b), (low, high))
     return {
         "says": part["says"],
         "holds": part["holds"],
         "ours": ours,
         "interval": [a, b] if math.isfinite(a) else None,
         "outcome": outcome,
+        "replicates": None,
         "seeds": len(values),
+        "later": part.get("later"),
     }
 
 
@@ -149,16 +111,19 @@ def _verdict_of_sweep(entry: Mapping) -> dict:
 def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
     wanted = parts(entry)
     missing = sorted({part["chapter"] for part in wanted} - published.keys())
-    judged = [
-        judge(part, tables(part["chapter"])) | {"chapter": part["chapter"]}
-        for part in wanted
-        if part["chapter"] in published
-    ]
+    judged = []
+    for part in (part for part in wanted if part["chapter"] in published):
+        found = judge(part, _recorded(part) if "recorded" in part else tables(part["chapter"]))
+        if published[part["chapter"]]["scale"] == "laptop":
+            found = _with_replicates(found, part)
+        judged.append(found | {"chapter": part["chapter"]})
     any_measured = any(part["ours"] is not None for part in judged)
     commands = [f"sweep book/sweeps/{entry['sweep']}.yml" if "sweep" in entry else f"run {name}" for name in missing]
     reasons = [sentence(part) for part in judged] + [f"no record: python -m lddyn {words}" for words in commands]
     return {
-        **{k: entry.get(k) for k in ("id", "claim", "source", "paper", "authors", "chapter", "see", "why")},
+        **{k: entry.get(k) for k in ("id", "claim", "source", "paper", "authors", "chapter", "see")},
+        **_why(entry, published, tables),
+        "elsewhere": missing,
         "ours": judged[0]["ours"] if judged else None,
         "interval": judged[0]["interval"] if judged else None,
         "seeds": judged[0]["seeds"] if judged else 0,
@@ -171,12 +136,39 @@ def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
     }
 
 
+def _with_replicates(judged: dict, part: Mapping) -> dict:
+    """A judged part with the replicates of other bases and data in which its rule holds, `[held, of]`.
+
+    What holds over seeds but not in every replicate has the outcome `mixed`.
+    """
+    low, high = sentences.rule(part["holds"], part["says"])
+    values = [row["values"] for row in recorded.replicates() if row["chapter"] == part["chapter"]]
+    held = [low <= each[released.key(part)] <= high for each in values if released.key(part) in each]
+    mixed = judged["outcome"] == "holds" and not all(held)
+    found = {"replicates": [sum(held), len(held)]} if held else {}
+    return judged | found | ({"outcome": "mixed"} if mixed else {})
+
+
+def _recorded(part: Mapping) -> list[pd.DataFrame]:
+    """The tables of the recorded runs that measure a part, such as those on MNIST of chapter 1."""
+    return by_seed(recorded.read(part["chapter"], part["recorded"]))
+
+
+def _why(entry: Mapping, published: Mapping[str, dict], tables: sentences.Tables) -> dict:
+    """`why` of a claim with its numbers, or what of it is `refuted`; neither if its chapter has no record."""
+    about = {asserted.chapter for asserted in sentences.assertions(entry.get("why", ""), entry.get("chapter", ""))}
+    if "why" not in entry or about - published.keys():
+        return {"why": None, "refuted": []}
+    found = sentences.said(entry["why"], entry["chapter"], tables)
+    return {"why": None if found.refuted else found.text, "refuted": found.refuted}
+
+
 def of_logs(entry: Mapping, logs: Mapping | None = None) -> dict | None:
     """A claim judged on the authors' released logs, `verdict` and `parts` (`released.judge`); None where none can tell.
 
     Replicated: every part that a log can tell holds in every run that can; contradicted: no part in any; else partly.
     """
-    judged = [released.judge(p, *_rule(p["holds"], p["says"]), logs) for p in parts(entry)]
+    judged = [released.judge(p, *sentences.rule(p["holds"], p["says"]), logs) for p in parts(entry)]
     told = [part for part in judged if part]
     outcomes = {part["outcome"] for part in told}
     return {"verdict": word(outcomes), "parts": told, "of": len(judged)} if told else None
@@ -191,7 +183,8 @@ def logs_sentence(found: Mapping) -> str:
 def word(outcomes: Collection[str]) -> str:
     """The verdict on a claim from the outcomes of its parts.
 
-    Replicated: all hold. Contradicted: some fail and none holds. Undecided: none holds and none fails. Partly: else.
+    Replicated: all hold, in all replicates too. Contradicted: some fail and none holds. Undecided: none holds and none
+    fails. Partly: else.
     """
     if not outcomes:
         return "not attempted"
@@ -212,7 +205,13 @@ def grade(entry: Mapping, scale: str) -> str:
 def sentence(part: Mapping) -> str:
     spread = "one seed" if part["interval"] is None else "[{:.3g}, {:.3g}]".format(*part["interval"])
     found = "not measured" if part["ours"] is None else f"{part['ours']:.3g} {spread}"
-    return f"{part['says']}: {found}, rule {part['holds']}: {part['outcome']}"
+    told = "; with other bases and data in {} of {}".format(*part["replicates"]) if part["replicates"] else ""
+    return f"{part['says']}: {found}, rule {part['holds']}: {part['outcome']}{told}"
+
+
+def sentence_on_recorded(part: Mapping) -> str:
+    """`sentence`, and whether the rule is younger than the recorded runs that it judges."""
+    return sentence(part) + (f" (rule of later: {part['later']})" if part["later"] else "")
 
 
 def on_real_model(published: Mapping[str, dict]) -> list[dict]:
@@ -267,7 +266,8 @@ def as_html(
             f'<tr data-verdict="{e["verdict"]}" data-chapter="{e["chapter"] or "none"}"><td>{e["id"]}</td>'
             f"<td>{escape(e['claim'])}<br><small>{escape(e['source'])}{link}</small></td>"
             f"<td>{escape(e['paper'])}</td><td>{_logs_cell(e)}</td><td>{ours}</td>"
-            f'<td class="verdict {e["verdict"].replace(" ", "-")}">{e["verdict"]}'
+            f'<td class="verdict {e["verdict"].replace(" ", "-")}">'
+            f"{'this chapter’s part: ' if e.get('elsewhere') else ''}{e['verdict']}"
             f"<br><small>{e.get('grade') or ''}</small></td>"
         )
         rows += ("" if real is None else _real_cell(of_real.get(e["id"]))) + "</tr>"
@@ -290,7 +290,7 @@ def _real_cell(entry: Mapping | None) -> str:
     if entry is None or not entry["parts"]:
         return "<td>-</td>"
     of, told = len(parts(ledger()[entry["id"] - 1])), [part for part in entry["parts"] if part["ours"] is not None]
-    return f"<td>{_judged_cell(entry['verdict'], told, of, sentence)}</td>"
+    return f"<td>{_judged_cell(entry['verdict'], told, of, sentence_on_recorded)}</td>"
 
 
 def _judged_cell(verdict: str, judged: Sequence[Mapping], of: int, words: Callable[[Mapping], str]) -> str:

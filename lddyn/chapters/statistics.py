@@ -5,12 +5,13 @@ A statistic takes the table of one seed. What it needs and the table lacks it sa
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr, t
+from scipy.stats import rankdata, spearmanr, t
 
 from lddyn import InputError
 from lddyn.data.responses import RESPONSE_TYPES
@@ -92,11 +93,12 @@ def wide(table: pd.DataFrame, *kinds: str, metric: str = "logp_sum", split: str 
     return needed(found, *kinds, what=f"{metric} ({split})")
 
 
-def sign_delta(table: pd.DataFrame, target: str) -> pd.Series:
-    """Accumulated SignDelta of every type when `target` is trained, as in the authors' released code (appendix C.2).
+def sign_delta(table: pd.DataFrame, target: str, smoothed: bool = False) -> pd.Series:
+    """Accumulated SignDelta of every type when `target` is trained (appendix C.2): a sum over all evaluations.
 
-    Between evaluations, the mean change of the summed log pi over sqrt(||A||_F) of the observed type and over
-    ||pi - y|| of the trained one; smoothed (0.9) and summed over time.
+    Between two evaluations, the mean change of the summed log pi over sqrt(||A||_F) of the observed type and over
+    ||pi - y|| of the trained one. `smoothed`: by a running mean (0.9) before the sum, as in the authors' released code;
+    over few evaluations the first one then outweighs the others.
     """
     trained = "chosen" if target == "extended" else target
     residual = curve(table, trained, "residual_norm_mean", target=target)
@@ -105,7 +107,8 @@ def sign_delta(table: pd.DataFrame, target: str) -> pd.Series:
         logp, a_norm = (mean_over_prompts(table, kind, m, target=target) for m in ("logp_sum", "a_norm_mean"))
         if len(logp) and len(a_norm):  # a greedy answer has no peakiness
             delta = logp.diff() / np.sqrt(a_norm.shift()) / residual.shift()
-            sums[kind] = delta.iloc[1:].ewm(alpha=0.1, adjust=False).mean().sum()
+            changes = delta.iloc[1:]
+            sums[kind] = (changes.ewm(alpha=0.1, adjust=False).mean() if smoothed else changes).sum()
     return pd.Series(sums)
 
 
@@ -167,10 +170,9 @@ def end_changes(table: pd.DataFrame, split: str = "train") -> pd.Series:
     )
 
 
-def spill(table: pd.DataFrame) -> pd.Series:
-    """End change of answers to other training questions as a share of that of the trained answers, for each seed."""
-    runs = {seed: (change(rows, "other_train"), change(rows, "chosen")) for seed, rows in table.groupby("seed")}
-    return pd.Series({seed: other / own for seed, (other, own) in runs.items()})
+def spill(table: pd.DataFrame) -> float:
+    """End change of answers to other training questions as a share of that of the trained answers."""
+    return change(table, "other_train") / change(table, "chosen")
 
 
 def before_and_after(folder: Path, heads: tuple[str, str], split: str = "test", count: int = 4) -> pd.DataFrame:
@@ -180,6 +182,29 @@ def before_and_after(folder: Path, heads: tuple[str, str], split: str = "test", 
     asked = answers.prompt.str.removeprefix("Question: ").str.removesuffix("\nAnswer:")
     texts = answers.assign(prompt=asked).pivot(index="prompt", columns="step", values="text").head(count)
     return texts.set_axis(list(heads), axis=1)
+
+
+def partner_symmetry(sizes: np.ndarray) -> float:
+    """Rank correlation between 'rank of o among the partners of u' and 'rank of u among those of o'.
+
+    sizes: (n, n), such as ||K_uo||, which is symmetric itself (K_uo is the transpose of K_ou); the ranking need not be.
+    """
+    off = ~np.eye(len(sizes), dtype=bool)
+    ranks = np.apply_along_axis(lambda c: rankdata(c, nan_policy="omit"), 0, np.where(off, sizes, np.nan))
+    return float(spearmanr(ranks[off], ranks.T[off]).statistic)
+
+
+@cache
+def _random_symmetry(size: int, draws: int = 1000) -> np.ndarray:
+    """`partner_symmetry` of random symmetric matrices: what a ranking without structure would have."""
+    noise = np.random.default_rng(0).random((draws, size, size))
+    return np.array([partner_symmetry(one + one.T) for one in noise])
+
+
+def at_most_as_symmetric(sizes: np.ndarray) -> float:
+    """Share of random symmetric matrices of this size with at most its `partner_symmetry`: small where the ranking of
+    partners is less symmetric than chance makes it."""
+    return float((_random_symmetry(len(sizes)) <= partner_symmetry(sizes)).mean())
 
 
 def partial_slope(data: pd.DataFrame) -> tuple[float, np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """Runs that take long, kept beside the code: table, manifest and answers of each, as every reader's book draws them.
 
-    book/recorded/pretrained/05_dpo/after_sft/seed-10-4f1c09aa/     table.parquet, manifest.json, answers.json
+    book/recorded/runs/05_dpo/after_sft/seed-10-4f1c09aa/     table.parquet, manifest.json, answers.json
 
 The folder of a run is named by its settings alone: made again by other code, it takes the place of what was there.
 """
@@ -9,15 +9,17 @@ import hashlib
 import json
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lddyn.engine import store
 
-FOLDER = store.BOOK / "recorded" / "pretrained"
+FOLDER = store.BOOK / "recorded" / "runs"
 CARD = FOLDER / "card.json"  # rows of the model card
+REPLICATES = store.BOOK / "recorded" / "replicates.json"  # runs with other bases and other data
 SCALE = "pretrained"
-JUDGED = {  # what claims are judged by, of each chapter
+JUDGED = {  # what claims are judged by on the real model, of each chapter
     "02_decomposition": ("main",),
     "03_sft": ("main", "map"),
     "05_dpo": ("after_sft", "short"),
@@ -69,6 +71,13 @@ def published(*chapters: str) -> dict[str, dict[str, Any]]:
     """What claims are judged by on the real model, of some chapters or all: chapter -> scale and runs that are kept."""
     found = {chapter: read(chapter, *JUDGED[chapter]) for chapter in chapters or JUDGED}
     return {chapter: {"scale": SCALE, "runs": runs} for chapter, runs in found.items() if runs}
+
+
+@cache
+def replicates() -> list[dict[str, Any]]:
+    """What runs with other bases and data say: `base, data, chapter, values` (by `released.key`) of each."""
+    rows: list[dict[str, Any]] = json.loads(REPLICATES.read_text())["rows"] if REPLICATES.exists() else []
+    return rows
 
 
 def hashes(chapter: str) -> dict[str, str]:

@@ -164,12 +164,19 @@ def compact(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """The tables of several runs in one, with a column `seed` and one for each parameter in which the runs differ."""
+    """The tables of several runs in one, with a column `seed` and one for each parameter in which the runs differ.
+
+    A parameter that is no single value stands there as a text; where a run has none of this name nothing does.
+    """
+
+    def value(run: Run, name: str) -> object:
+        found = run.manifest["parameters"].get(name)
+        return str(found) if isinstance(found, list | tuple | dict) else found
+
     parameters = pd.DataFrame([r.manifest["parameters"] for r in runs])
     differ = [c for c in parameters if parameters[c].map(str).nunique() > 1 and c != "seed"]
     tables = [
-        r.table.assign(seed=r.manifest["parameters"].get("seed", 0), **{c: r.manifest["parameters"][c] for c in differ})
-        for r in runs
+        r.table.assign(seed=r.manifest["parameters"].get("seed", 0), **{c: value(r, c) for c in differ}) for r in runs
     ]
     whole = pd.concat(tables, ignore_index=True)
     return whole.astype(dict.fromkeys(["prompt_id", "response_type", "metric"], "category"))

@@ -44,7 +44,7 @@ CARRIED = {  # what is compared: the statistic on digits, on the language model
         digits.entk_explains_leak,
         decomposition.kernel_explains_change,
     ),
-    "symmetry of partner ranks": (digits.partner_rank_symmetry, decomposition.partner_symmetry),
+    "symmetry of partner ranks": (digits.partner_rank_symmetry, decomposition.partner_rank_symmetry),
 }
 
 

@@ -7,16 +7,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from lddyn import InputError, unknown
-from lddyn.chapters import claims
+from lddyn.chapters import claims, sentences
 from lddyn.data import preferences
 from lddyn.engine import pretraining, reach, recorded, settings, store
-from lddyn.publish import notebooks, pages
+from lddyn.publish import display, notebooks, pages
 from lddyn.workshop import estimate
 
 SCALES = ("smoke", "laptop", "paper")
@@ -36,12 +36,15 @@ def fingerprint(notebook: Path, scale: str) -> str:
 
 
 def reached(notebook: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Hashes of what a notebook's cells and the statistics of its rules reach, and the versions of the libraries."""
+    """Hashes of what the cells of a notebook and the statistics that it names reach, and the versions of libraries."""
     cells = json.loads(notebook.read_text())["cells"]
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     rules = claims.of_chapter(notebook.stem)
     measured = [part for rule in rules for part in claims.parts(rule) if part["chapter"] == notebook.stem]
-    judged = [claims.statistic(part["chapter"], part["statistic"]) for part in measured]
+    texts = [(code, notebook.stem), *((rule.get("why", ""), rule["chapter"]) for rule in rules)]
+    asserted = [one for text, chapter in texts for one in sentences.assertions(text, chapter)]
+    named = [(part["chapter"], part["statistic"]) for part in measured] + [one[:2] for one in asserted]
+    judged = [sentences.statistic(*name) for name in named if name[0] == notebook.stem]
     return reach.of_code(code, *((f.__module__, f.__name__) for f in judged))
 
 
@@ -136,10 +139,11 @@ def table_of(parameters: Iterable[settings.Parameter]) -> str:
 # --- rendering ---------------------------------------------------------------------------------------------
 
 
-def build(scale: str, force: bool = False) -> int:
+def build(scale: str, force: bool = False, strict: bool = False) -> int:
     """What `make book` does. Returns the exit code: 0, or 1 when a notebook failed or the renderer warned.
 
-    A second build waits for the first, and then finds everything fresh.
+    With `strict` also 1 where a text says what its table does not (`refuted`), which is printed anyhow. A second build
+    waits for the first, and then finds everything fresh.
     """
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
@@ -153,10 +157,10 @@ def build(scale: str, force: bool = False) -> int:
         print("lddyn: another build of this book is running; waiting for it")
         held = lock.acquire()
     with held:
-        return _build(scale, force)
+        return _build(scale, force, strict)
 
 
-def _build(scale: str, force: bool) -> int:
+def _build(scale: str, force: bool, strict: bool) -> int:
     failures = execute(scale, force)
     if failures:
         for line in failures:
@@ -167,14 +171,38 @@ def _build(scale: str, force: bool) -> int:
     pages.write_across(shown)
     pages.write_chapters(shown)
     pages.write_citation()
-    pages.write_scorecard(claims.verdicts(shown))
+    entries = claims.verdicts(shown)
+    pages.write_scorecard(entries)
+    on_first_page = pages.write_found(entries)
     pages.write_paper_scale(shown)
     pages.write_status()
     pages.write_data_card()
     pages.write_model_card()
     pages.write_bench()
     pages.write_sweeps()
-    return render()
+    if wrong := [*on_first_page, *refuted(entries, scale)]:
+        print(*(f"lddyn: not borne out: {line}" for line in wrong), sep="\n", file=sys.stderr)
+    return render() or (1 if strict and wrong else 0)
+
+
+def refuted(entries: Iterable[Mapping], scale: str) -> list[str]:
+    """What the texts of the pages assert of runs at this scale, or of recorded ones, and their tables do not bear out.
+
+    entries: all claims, judged. Their reasons (`why`) are about runs at laptop scale, where each verdict other than
+    *replicated* needs one.
+    """
+    wrong = []
+    for name in pages.chapters():
+        cells = json.loads((pages.EXECUTED / f"{name}.ipynb").read_text())["cells"]
+        outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+        wrong += [f"{name}: {line}" for data in outputs for line in data.get(display.REFUTED, [])]
+    for entry in entries if scale == "laptop" else []:
+        where = f"{claims.LEDGER.name}, claim {entry['id']}"
+        if entry["verdict"] not in ("replicated", "not attempted"):
+            wrong += [f"{where}: {line}" for line in entry["refuted"]]
+            if not entry["why"] and not entry["refuted"]:
+                wrong.append(f"{where} is {entry['verdict']}, and has no why")
+    return wrong
 
 
 def jupyter_book(*options: str) -> subprocess.CompletedProcess:

@@ -8,11 +8,12 @@ import pandas as pd
 from IPython.display import HTML, display
 
 from lddyn import Caution
-from lddyn.chapters import claims, style
+from lddyn.chapters import claims, sentences, style
 from lddyn.engine import recorded, store
 from lddyn.engine.store import Run
 
-BUNDLE = "application/vnd.lddyn+json"  # read back from the executed notebook by `book.published`
+BUNDLE = "application/vnd.lddyn+json"  # read back from the executed notebook by `pages.published`
+REFUTED = "application/vnd.lddyn.refuted+json"  # read back by `build.refuted`
 
 
 def begin() -> None:
@@ -32,6 +33,23 @@ def begin() -> None:
 def caution(message: str) -> str:
     """A message that a reader must see, as HTML."""
     return f'<p class="caution"><strong>Caution.</strong> {escape(message)}</p>'
+
+
+class Said:
+    """A text that asserts what a table of runs says (`sentences`), as Markdown.
+
+    about: the scale of the runs that it was written about, or `recorded`; at another scale the page says so, and what
+    the table does not bear out is no mistake of the text (`build.refuted`).
+    """
+
+    def __init__(self, chapter: str, scale: str, table: pd.DataFrame, text: str, about: str = "laptop"):
+        tables = [rows for _, rows in table.groupby("seed")]
+        self.found, self.binding = sentences.said(text, chapter, lambda _: tables), about in (scale, "recorded")
+        self.note = "" if self.binding else f"*Written about runs at scale {about}; these are at scale {scale}.*\n\n"
+
+    def _repr_mimebundle_(self, **_) -> dict:
+        text = self.note + self.found.text
+        return {"text/markdown": text, "text/plain": text} | ({REFUTED: self.found.refuted} if self.binding else {})
 
 
 class Results:

@@ -1,6 +1,8 @@
 """The generated pages of the book: the templates in `book/templates`, filled with numbers, in `book/generated`."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from string import Template
 
@@ -10,7 +12,7 @@ import yaml
 from docutils.nodes import make_id
 from matplotlib.figure import Figure
 
-from lddyn.chapters import claims, style
+from lddyn.chapters import claims, sentences, style
 from lddyn.chapters.variants.figures import softening
 from lddyn.data import preferences, responses
 from lddyn.engine import gguf, recorded, released, store
@@ -118,8 +120,46 @@ def write_scorecard(entries: list[dict]) -> None:
                 for v, those in by_verdict.items()
             ],
         ),
+        replicates=_replicates_in_words(),
         table=claims.as_html(entries, links=_figure_address, real=real),
     )
+
+
+def _replicates_in_words() -> str:
+    rows = recorded.replicates()
+    if not rows:
+        return "none is recorded"
+    bases, data = (len({row[name] for row in rows}) for name in ("base", "data"))
+    return f"{bases} base models times {data} sets of data, recorded"
+
+
+def write_found(entries: list[dict]) -> list[str]:
+    """What was found, for the first page; returns what it asserts and the recorded runs do not bear out."""
+    real = recorded.published()
+    judged = [e for e in entries if e["grade"] != "identity"]
+    identities = [e for e in entries if e["grade"] == "identity"]
+
+    def counted(verdicts: Iterable[str]) -> str:
+        found = Counter(verdicts)
+        return ", ".join(f"{found[v]} {v}" for v in claims.VERDICTS if found[v] and v != "not attempted") or "none"
+
+    found = sentences.said(
+        filled(
+            "found.md",
+            count=len(entries),
+            identities=len(identities),
+            checked=sum(e["verdict"] == "replicated" for e in identities),
+            small=counted(e["verdict"] for e in judged),
+            scales=", ".join(sorted({f"scale {e['scale']}" for e in judged if e["scale"]})) or "not run yet",
+            real=counted(e["verdict"] for e in claims.on_real_model(real)),
+            logs=counted(e["released"]["verdict"] for e in entries if e["released"]),
+        ),
+        "03_sft",
+        lambda chapter: claims.by_seed(real[chapter]["runs"]),
+    )
+    GENERATED.mkdir(parents=True, exist_ok=True)
+    store.write_atomically(GENERATED / "found.md", lambda path: path.write_text(found.text))
+    return found.refuted
 
 
 def write_paper_scale(shown: dict[str, dict]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from lddyn.chapters import claims, statistics
+from lddyn.chapters import claims, sentences, statistics
 from lddyn.chapters.extend.evidence import ARMS
 from lddyn.data.responses import RESPONSE_TYPES
 from lddyn.engine import released, store
@@ -24,7 +24,8 @@ from lddyn.workshop.released_files import BATCH, FEWEST, read, spacing
 
 TOP = "y*"  # the most likely token at each position along the chosen answer
 CHAPTERS = {"sft": "03_sft", "dpo": "05_dpo"}  # by the end of a kind's name; what each run is measured by
-IN_SFT, IN_DPO = {"sft_rise_share", "sft_rejected"}, {"falls_less", "others_fall_less", "top_at_start"}  # chapter 7
+IN_SFT = {"sft_rise_share", "sft_rejected"}  # chapter 7
+IN_DPO = {"dpo_change", "falls_less", "others_fall_less", "top_at_start"}
 SAME = 5.0  # nats: starts of log pi(chosen) that lie closer are starts from the same amount of SFT
 POINTS = 15  # of a recorded curve
 
@@ -193,7 +194,7 @@ def values_of(table: pd.DataFrame, chapter: str, only: Collection[str] = ()) -> 
         if part["chapter"] != chapter or (only and name not in only):
             continue
         with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # NumPy, for the mean of nothing
-            value = claims.value(claims.statistic(chapter, name), table, part.get("arguments", {}))
+            value = sentences.value(sentences.statistic(chapter, name), table, part.get("arguments", {}))
         if math.isfinite(value):
             found[released.key(part)] = digits(value)
     return found
@@ -291,10 +292,10 @@ def _everywhere(logs: list[Log]) -> Iterable[Log]:
     """Claim 28: its statistics over all logs of SFT, as over the cells of a sweep."""
     sft, values = [log for log in logs if log["kind"] == "sft"], {}
     for part in (part for claim in claims.ledger() if "sweep" in claim for part in claims.parts(claim)):
-        measure = claims.statistic("03_sft", column := part["arguments"]["column"])
-        cells = pd.DataFrame({column: [claims.value(measure, log["table"], {}) for log in sft]}).dropna()
+        measure = sentences.statistic("03_sft", column := part["arguments"]["column"])
+        cells = pd.DataFrame({column: [sentences.value(measure, log["table"], {}) for log in sft]}).dropna()
         if len(cells):
-            everywhere = claims.statistic(part["chapter"], part["statistic"])
+            everywhere = sentences.statistic(part["chapter"], part["statistic"])
             values[released.key(part)] = digits(everywhere(cells, **part["arguments"]))
     if sft:
         models = ", ".join(sorted({log["model"] for log in sft}))

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from lddyn import InputError, unknown
-from lddyn.chapters import claims
+from lddyn.chapters import claims, sentences
 from lddyn.engine import cache, pool, settings, store
 from lddyn.workshop import estimate, launch, report, tune
 
@@ -50,7 +50,7 @@ def read(path: Path) -> dict:
 def statistic(plan: Mapping, name: str):
     """A statistic of the chapter that trains by the sweep's method; `InputError` where it has none of this name."""
     method = plan["set"].get("method", launch.PARAMETERS["method"].default)
-    return claims.statistic(report.CHAPTERS.get(method, method), name)
+    return sentences.statistic(report.CHAPTERS.get(method, method), name)
 
 
 def combinations(plan: Mapping) -> list[launch.Launch]:

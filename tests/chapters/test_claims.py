@@ -1,13 +1,15 @@
 import json
+import subprocess
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from lddyn import InputError
 from lddyn.__main__ import main
-from lddyn.chapters import claims, statistics
-from lddyn.engine import store
+from lddyn.chapters import claims, sentences, statistics
+from lddyn.engine import recorded, store
 from lddyn.engine.store import Run
 from lddyn.workshop import report
 
@@ -27,7 +29,7 @@ def test_every_claim_of_the_paper_is_listed_once_and_in_order():
 
 def test_every_statistic_has_a_docstring_that_says_what_it_is():
     parts = [part for claim in claims.ledger() for part in claims.parts(claim)]
-    assert all(claims.statistic(part["chapter"], part["statistic"]).__doc__ for part in parts)
+    assert all(sentences.statistic(part["chapter"], part["statistic"]).__doc__ for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -182,3 +184,39 @@ def test_a_part_may_be_measured_in_another_chapter_and_the_scorecard_joins_them(
     assert alone["verdict"] == "contradicted" and "no record: python -m lddyn run 01_mnist" in alone["reason"]
     (both,) = claims.verdicts({"01_mnist": one, "02_decomposition": other})
     assert both["verdict"] == "partly" and [p["chapter"] for p in both["parts"]] == ["01_mnist", "02_decomposition"]
+
+
+def test_a_chapter_that_measures_a_part_of_a_claim_says_that_it_is_its_part(monkeypatch):
+    entry = {"id": 1, "claim": "c", "source": "s", "paper": "p", "chapter": "01_mnist"}
+    monkeypatch.setattr(claims, "ledger", lambda: [entry | {"parts": [part("< 1"), part("< 1", chapter="03_sft")]}])
+    (judged,) = claims.verdicts({"01_mnist": {"scale": "laptop", "runs": runs_with([0.1, 0.2])}})
+    assert judged["elsewhere"] == ["03_sft"] and "this chapter’s part: replicated" in claims.as_html([judged])
+    assert "this chapter’s part" not in claims.as_html([judged | {"elsewhere": []}])
+
+
+def _rules(text):
+    """The rules of a ledger, without what they are called: (chapter, statistic, arguments, rule)."""
+    parts = [part for claim in yaml.safe_load(text) for part in claims.parts(claim)]
+    return {(p["chapter"], p["statistic"], str(p.get("arguments", {})), p["holds"]): p for p in parts}
+
+
+@pytest.mark.parametrize("chapter", recorded.JUDGED)
+def test_a_rule_is_older_than_the_recorded_runs_that_it_judges_or_says_why_not(chapter):
+    """Otherwise it can be fitted to them."""
+    now = _rules(claims.LEDGER.read_text())
+    for commit in {run.manifest["git"]["commit"] for run in recorded.read(chapter, *recorded.JUDGED[chapter])}:
+        done = subprocess.run(
+            ["git", "show", f"{commit}:book/claims.yml"], capture_output=True, text=True, cwd=store.ROOT
+        )
+        if done.returncode:
+            pytest.skip(f"the history of this clone does not reach to {commit}")
+        then = _rules(done.stdout)
+        younger = [
+            rule for rule, part in now.items() if rule[0] == chapter and rule not in then and "later" not in part
+        ]
+        assert not younger, f"younger than the runs of {commit}"
+
+
+@pytest.mark.parametrize(("value", "rule"), [(0.0, "> 0"), (0.0, "< 0")])
+def test_a_bound_does_not_satisfy_its_own_rule(value, rule):
+    assert claims.judge(part(rule, exact=True), claims.by_seed(runs_with([value])))["outcome"] == "fails"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lddyn import InputError
-from lddyn.chapters import claims, statistics
+from lddyn.chapters import claims, sentences, statistics
 from lddyn.chapters.dpo import evidence
 from lddyn.chapters.dpo import run as dpo
 from lddyn.data import preferences, responses
@@ -225,7 +225,7 @@ def test_margins_start_at_zero_and_count_both_falls():
 def test_the_ledger_gives_each_statistic_the_arguments_that_it_takes():
     """Otherwise a verdict fails only after the runs."""
     for part in (part for claim in claims.of_chapter("05_dpo") for part in claims.parts(claim)):
-        measure = claims.statistic(part["chapter"], part["statistic"])
+        measure = sentences.statistic(part["chapter"], part["statistic"])
         inspect.signature(measure).bind("table", **part.get("arguments", {}))
 
 

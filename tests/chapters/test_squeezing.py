@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lddyn import InputError
-from lddyn.chapters import claims
+from lddyn.chapters import claims, sentences
 from lddyn.chapters.squeezing import run as squeezing
 from lddyn.chapters.squeezing import steps
 from lddyn.engine import store
@@ -174,7 +174,7 @@ def test_law_gives_the_same_valid_table_twice_and_every_verdict_a_number(tmp_pat
     parts = [{"chapter": e.get("chapter")} | p for e in claims.ledger() for p in e.get("parts", [])]
     parts = [p for p in parts if p["chapter"] == "04_squeezing"]
     assert len(parts) > 20
-    assert all(torch.isfinite(torch.tensor(claims.statistic("04_squeezing", p["statistic"])(table))) for p in parts)
+    assert all(torch.isfinite(torch.tensor(sentences.statistic("04_squeezing", p["statistic"])(table))) for p in parts)
 
 
 def test_unknown_scale_is_refused():

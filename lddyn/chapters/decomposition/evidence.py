@@ -2,9 +2,9 @@
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import spearmanr
 
-from lddyn.chapters.statistics import BELLS, curve
+from lddyn.chapters.statistics import BELLS, at_most_as_symmetric, curve, partner_symmetry
 from lddyn.data.responses import RESPONSE_TYPES
 
 MAIN = {"sft": "SFT", "dpo": "DPO"}  # what the two whole runs are called; the others go by their variant
@@ -70,9 +70,8 @@ def slope_sentence(table: pd.DataFrame) -> str:
         "answers. As a share of the change, the error of one step on one example is "
         f"{papers.SFT:.1e} (SFT) and {papers.DPO:.1e} (DPO) at the paper's learning rate, "
         f"{chapter_3.SFT:.1%} and {chapter_3.DPO:.2%} at that of chapter 3, and "
-        f"{tenfold.SFT:.0%} and {tenfold.DPO:.1%} ten times above it, where for SFT first "
-        "order begins to fail. DPO stays linear longer because its force, beta (1 - a), is at "
-        "most a tenth of SFT's."
+        f"{tenfold.SFT:.0%} and {tenfold.DPO:.1%} ten times above it. The force of DPO, beta (1 - a), is at most a "
+        "tenth of SFT's: its steps are smaller at the same rate."
     )
 
 
@@ -109,6 +108,11 @@ def run_explained(rows: pd.DataFrame, over: str = "1") -> float:
     return explained(sums.predicted.to_numpy(), sums.measured.to_numpy())
 
 
+def left_unexplained(table: pd.DataFrame, of: str) -> float:
+    """Share of the squared change over a whole run, SFT or DPO, that the sum of its one-step predictions leaves."""
+    return 1 - run_explained(followed(table)[of])
+
+
 def step_explained(rows: pd.DataFrame, over: str = "1") -> float:
     """Share of the change of single steps (or blocks) that their own predictions explain."""
     each = predictions(rows, over)
@@ -135,8 +139,7 @@ def explained_sentence(table: pd.DataFrame) -> str:
         f"Summed over all steps, one-step predictions explain {sft:.2%} of the change of "
         f"SFT and {dpo:.2%} of that of DPO (share of the squared change over all "
         "responses). One single prediction for the whole run, made at its start, explains "
-        f"{sft_at_once:.0%} and {dpo_at_once:.0%}: "
-        "the direction is mostly right, but A, K and G have moved."
+        f"{sft_at_once:.0%} and {dpo_at_once:.0%}: A, K and G move meanwhile."
     )
 
 
@@ -250,7 +253,7 @@ def stability_sentence(table: pd.DataFrame) -> str:
     return (
         f"Rank correlation of the order with its last, after the first tenth of training: {late}. The mean norm "
         f"itself moves by {kernel_norm_change(table):.2f} doublings after the first tenth "
-        "of SFT. LoRA's kernel is another one: that of its adapters only, and it grows with them."
+        "of SFT. LoRA's kernel is another one, that of its adapters only."
     )
 
 
@@ -271,10 +274,28 @@ def stand_in_sentence(table: pd.DataFrame, f=None) -> str:
         f"LBK as printed and K order the responses with rank correlation {sft['LBK, eq. 26']:.2f} "
         f"in SFT and {dpo['LBK, eq. 26']:.2f} in DPO. {looseness}The released LBK, a difference "
         f"over many steps on all answers, has {sft['LBK, released']:.2f} and {dpo['LBK, released']:.2f}. "
-        f"SignDelta as printed has {sft['SignDelta, printed']:.2f} and {dpo['SignDelta, printed']:.2f}: a mean over "
-        "the vocabulary is dominated by the thousands of tokens that nobody wrote, and says "
-        "little about the response itself."
+        f"SignDelta as printed has {sft['SignDelta, printed']:.2f} and {dpo['SignDelta, printed']:.2f}; it is a mean "
+        "over the vocabulary, most of which nobody wrote."
     )
+
+
+def bound_share(table: pd.DataFrame) -> float:
+    """Largest LBK / ||K||_F^2 between whole answers, with the estimated ||K||: how loose the bound of eq. 26 is."""
+    keys = ["method", "step", "prompt_id", "response_type"]
+    rows = table[table.whole & table.metric.isin(["lbk", "kernel_norm"])]
+    wide = rows.pivot_table(index=keys, columns="metric", values="value", observed=True)
+    return float((wide.lbk / wide.kernel_norm**2).max())
+
+
+def stand_in_follows(table: pd.DataFrame, name: str) -> float:
+    """Rank correlation over types of a stand-in ("LBK, released") with ||K||, mean over evaluations and SFT and DPO."""
+    return float(np.mean([agreement_with_kernel(followed(table)[run])[name] for run in MAIN.values()]))
+
+
+def bells_with_first_g(table: pd.DataFrame) -> float:
+    """`bell_turns` with G of the start minus with all factors as they are: above 0 where the shrinking G makes them."""
+    turns = bell_turns(followed(table)["SFT"])
+    return float(turns["G at the start"] - turns["A K G"])
 
 
 def kernel_explains_change(table: pd.DataFrame) -> float:
@@ -323,14 +344,19 @@ def fingerprint(table: pd.DataFrame) -> float:
     return float(np.mean(found))
 
 
-def partner_symmetry(table: pd.DataFrame) -> float:
-    """Rank correlation between 'rank of o among the partners of u' and 'rank of u among those of o', by ||K||."""
+def _kernel_sizes(table: pd.DataFrame) -> np.ndarray:
     sizes = step_heat(followed(table)["SFT"], "kernel").to_numpy()
-    sizes = (sizes + sizes.T) / 2  # both are estimates of one number: K_uo is the transpose of K_ou
-    np.fill_diagonal(sizes, np.nan)
-    ranks = np.apply_along_axis(lambda column: rankdata(column, nan_policy="omit"), 0, sizes)
-    off = ~np.eye(len(sizes), dtype=bool)
-    return float(spearmanr(ranks[off], ranks.T[off]).statistic)
+    return (sizes + sizes.T) / 2  # both are estimates of one number: K_uo is the transpose of K_ou
+
+
+def partner_rank_symmetry(table: pd.DataFrame) -> float:
+    """`statistics.partner_symmetry` of ||K|| between the twelve types."""
+    return partner_symmetry(_kernel_sizes(table))
+
+
+def symmetric_by_chance(table: pd.DataFrame) -> float:
+    """Share of random symmetric matrices whose ranking of partners is at most as symmetric as that of ||K||."""
+    return at_most_as_symmetric(_kernel_sizes(table))
 
 
 def resemblance_sentence(table: pd.DataFrame) -> str:
@@ -421,9 +447,8 @@ def entanglement_sentence(products: np.ndarray, ches: np.ndarray) -> str:
     """On how many pairs a step lowers the chosen answer, and whether the CHES score, (pairs,), says on which."""
     change, cosine = entanglement(products)
     return (
-        f"A single step of DPO lowers the chosen answer of {(change < 0).sum()} of {len(change)} pairs, "
-        f"although the two gradients are similar (mean cosine {cosine.mean():.2f}). Rank correlation of CHES "
-        f"with the change: {spearmanr(ches, change).statistic:+.2f} (the theory wants it below zero). "
-        "The fall that chapter 5 sees is not that of one pair by its own step: it comes from the "
-        "steps on all the others."
+        f"A single step of DPO lowers the chosen answer of {(change < 0).sum()} of {len(change)} pairs; the mean "
+        f"cosine of the two gradients is {cosine.mean():.2f}. Rank correlation of CHES with the change: "
+        f"{spearmanr(ches, change).statistic:+.2f} (the theory wants it below zero). Where a pair's own step raises "
+        "its chosen answer, the fall that chapter 5 sees comes from the steps on all the others."
     )

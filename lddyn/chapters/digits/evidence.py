@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata, spearmanr
 
+from lddyn.chapters.statistics import at_most_as_symmetric, partner_symmetry
+
 PAIRS = np.triu_indices(10, 1)
 
 
@@ -124,7 +126,9 @@ def partner_rank_symmetry(table: pd.DataFrame) -> float:
 
     ||K_uo|| itself is symmetric (K_uo is the transpose of K_ou); the ranking of partners need not be.
     """
-    total = accumulated_entk(table)
-    np.fill_diagonal(total, np.nan)
-    ranks = np.apply_along_axis(lambda c: rankdata(c, nan_policy="omit"), 0, total)
-    return float(spearmanr(off_diagonal(ranks), off_diagonal(ranks.T)).statistic)
+    return partner_symmetry(accumulated_entk(table))
+
+
+def symmetric_by_chance(table: pd.DataFrame) -> float:
+    """Share of random symmetric matrices whose ranking of partners is at most as symmetric as that of ||K||."""
+    return at_most_as_symmetric(accumulated_entk(table))

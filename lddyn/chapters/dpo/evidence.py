@@ -15,6 +15,7 @@ from lddyn.chapters.statistics import (
     change,
     curve,
     fall,
+    in_interval,
     margins,
     mean_interval,
     needed,
@@ -70,7 +71,7 @@ def vary(table: pd.DataFrame, *free: str) -> pd.DataFrame:
 
     The centre has the commonest value of each setting: the designs cross there.
     """
-    short = table[table.measure != "all"] if "measure" in table else table
+    short = table[table.measure == "paths"] if "measure" in table else table
     keep = np.ones(len(short), dtype=bool)
     for name in VARIED:
         if name in short and name not in free:
@@ -97,8 +98,8 @@ def step_order(table: pd.DataFrame, kind: str, metric: str = "logp_sum") -> floa
 
 
 def rejected_minus_next(table: pd.DataFrame) -> float:
-    """End change of log pi(rejected) minus that of the natural type that falls most beside it, nats."""
-    return end_change(table, "rejected") - min(end_change(table, kind) for kind in NATURAL if kind != "rejected")
+    """End change of log pi(rejected) minus that of the natural type that falls most but its own rephrases, nats."""
+    return end_change(table, "rejected") - min(end_change(table, k) for k in NATURAL if not k.startswith("rejected"))
 
 
 def chosen_rise(table: pd.DataFrame) -> float:
@@ -130,20 +131,25 @@ def margin_order(table: pd.DataFrame) -> float:
     return order(margins(baseline(table), 1.0).mean(axis=1))
 
 
+def gap_growth(table: pd.DataFrame) -> float:
+    """Growth of log pi(chosen) - log pi(rejected) over DPO, mean over prompts, nats: the dose."""
+    return end_change(table, "chosen") - end_change(table, "rejected")
+
+
 def late_change(table: pd.DataFrame) -> float:
     """Larger of the changes of log pi(chosen) and log pi(rejected) over the second half of DPO, nats."""
     halves = [curve(baseline(table), kind) for kind in ("chosen", "rejected")]
     return max(float(c.iloc[-1] - c[c.index >= c.index[-1] / 2].iloc[0]) for c in halves)
 
 
-def sign_delta_of_chosen(table: pd.DataFrame) -> float:
-    """Accumulated SignDelta of the chosen answer over DPO."""
-    return float(needed(sign_delta(baseline(table), "chosen"), "chosen")["chosen"])
+def sign_delta_of_chosen(table: pd.DataFrame, smoothed: bool = False) -> float:
+    """Accumulated SignDelta of the chosen answer over DPO (`statistics.sign_delta`)."""
+    return float(needed(sign_delta(baseline(table), "chosen", smoothed), "chosen")["chosen"])
 
 
-def sign_delta_of_others(table: pd.DataFrame) -> float:
+def sign_delta_of_others(table: pd.DataFrame, smoothed: bool = False) -> float:
     """Largest accumulated SignDelta of any other type over DPO."""
-    sums = sign_delta(baseline(table), "chosen")
+    sums = sign_delta(baseline(table), "chosen", smoothed)
     return float(max(needed([value for kind, value in sums.items() if kind in AUTHORS_KEYS and kind != "chosen"])))
 
 
@@ -186,6 +192,12 @@ def valley(table: pd.DataFrame, draws: int = 1000) -> dict:
     return bootstrapped_slope(data, draws)
 
 
+def valley_slope(table: pd.DataFrame) -> float:
+    """The slope of `valley`, nats per nat."""
+    needed(table[table.metric == "tokens"], what="log pi per token of each prompt")
+    return float(valley(table, draws=1)["slope"])
+
+
 def slope_sentence(fit: dict) -> str:
     """The slope of `valley`, in words."""
     return "slope {:+.3f} nats per nat, 95% interval [{:+.3f}, {:+.3f}]".format(fit["slope"], *fit["interval"])
@@ -214,15 +226,13 @@ def repetition_sentence(table: pd.DataFrame) -> str:
 
 
 def top_minus_sft_chosen(table: pd.DataFrame) -> float:
-    """Rise of log pi(y*) per epoch of DPO minus rise of log pi(chosen) per epoch of SFT, nats.
+    """Rise of log pi(y*) along chosen in DPO minus rise of log pi(chosen) in SFT, nats per hundred examples.
 
-    The SFT is that between the starts of two short runs: from no SFT, and from the shortest.
+    At equal learning rate and batch, on the same examples: SFT of the untouched model (`run.sft_like_dpo`).
     """
-    by_length = by_setting(vary(table, "sft_epochs"), "sft_epochs")
-    starts = {n: curve(run, "chosen").iloc[0] for n, run in by_length.items()}
-    none, short = sorted(starts)[:2]
-    epochs = baseline(table).epochs.iloc[0] if "epochs" in table else 1
-    return float(top_change(baseline(table), "chosen") / epochs - (starts[short] - starts[none]) / (short - none))
+    sft = needed(table[table.measure.isna()] if "measure" in table else table[:0], what="SFT at the rate of DPO")
+    dpo = baseline(table)
+    return float(top_change(dpo, "chosen") / dpo.examples.max() - change(sft, "chosen") / sft.examples.max()) * 100
 
 
 def sft_effect(table: pd.DataFrame, kinds: Sequence[str]) -> float:
@@ -243,7 +253,7 @@ def ends(table: pd.DataFrame, kinds=("chosen", "rejected", "chosen_semantic", "o
     """The end of every short run: a row with its settings, the end changes of types and of y* along PATHS, in nats."""
     names = [*(name for name in VARIED if name in table), "seed"]
     rows = []
-    for values, run in table[table.measure != "all"].groupby(names, observed=True):
+    for values, run in table[table.measure == "paths"].groupby(names, observed=True):
         changes = {kind: change(run, kind) for kind in kinds}
         changes |= {f"y* along {path}": top_change(run, path) for path in PATHS}
         rows.append(dict(zip(names, values, strict=True)) | changes)
@@ -271,28 +281,69 @@ def by_pairs(design: pd.DataFrame, examples: Sequence[dict]) -> pd.DataFrame:
     return means
 
 
-def effects(ends: pd.DataFrame) -> pd.DataFrame:
-    """What moves the end change of y*: mean differences along PATHS in nats, with 95% intervals over seeds.
+def contrasts(ends: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What moves the end change of y*: of each contrast its difference along PATHS, nats, a row a seed.
 
     ends: rows of `ends`. A difference is taken within a seed; where other settings are crossed with it, it is
     their mean. The kinds of pairs are compared at the large learning rate, where all effects are larger.
     """
     lengths, rates = vary(ends, "pairs", "sft_epochs"), vary(ends, "pairs", "lr")
     lengths = lengths[lengths.sft_epochs > 0]
+    rates = rates[rates.lr.isin(rates.lr[rates.pairs != "as_written"])]  # of the rates those that are crossed
     small, large = rates.lr.min(), rates.lr.max()
     fast, style = rates[rates.lr == large], rates.pairs == "style"
-    contrasts = {
+    found = {
         f"{kind} pairs, not as written": (fast, "pairs", kind, "as_written")
         for kind in fast.pairs.unique()
         if kind != "as_written"
     }
-    contrasts["larger rate, style pairs"] = (rates[style], "lr", large, small)
-    contrasts["larger rate, all other pairs"] = (rates[~style], "lr", large, small)
-    contrasts["long SFT, not short"] = (lengths, "sft_epochs", lengths.sft_epochs.max(), lengths.sft_epochs.min())
-    rows = {}
-    for name, (runs, setting, high, low) in contrasts.items():
-        if len(runs):
-            means = runs.groupby(["seed", setting])[[f"y* along {path}" for path in PATHS]].mean()
-            moved = means.xs(high, level=setting) - means.xs(low, level=setting)
-            rows[name] = {path: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*mean_interval(moved[path])) for path in moved}
-    return pd.DataFrame(rows).T
+    found["larger rate, style pairs"] = (rates[style], "lr", large, small)
+    found["larger rate, all other pairs"] = (rates[~style], "lr", large, small)
+    found["long SFT, not short"] = (lengths, "sft_epochs", lengths.sft_epochs.max(), lengths.sft_epochs.min())
+    columns = [f"y* along {path}" for path in PATHS]
+    means = {
+        of: (runs.groupby(["seed", by])[columns].mean(), by, *ab) for of, (runs, by, *ab) in found.items() if len(runs)
+    }
+    return {of: mean.xs(high, level=by) - mean.xs(low, level=by) for of, (mean, by, high, low) in means.items()}
+
+
+def effects(ends: pd.DataFrame) -> pd.DataFrame:
+    """`contrasts` as means over the seeds with 95% intervals."""
+    return pd.DataFrame({of: moved.apply(in_interval) for of, moved in contrasts(ends).items()}).T
+
+
+# --- what the text says of a larger design: statistics of one seed's `ends`
+
+
+def effect(ends: pd.DataFrame, of: str, path: str = "chosen") -> float:
+    """One of `contrasts`: difference of the end change of y* along a path, nats."""
+    return float(needed(contrasts(ends), of)[of][f"y* along {path}"].iloc[0])
+
+
+def end_effect(ends: pd.DataFrame, setting: str, columns: Sequence[str]) -> float:
+    """Mean end change of some columns at the largest value of a setting minus that at the smallest but 0, nats."""
+    by_value = vary(ends, setting).set_index(setting)[list(columns)].mean(axis=1)
+    by_value = by_value[by_value.index > 0].sort_index()
+    return float(by_value.iloc[-1] - by_value.iloc[0])
+
+
+def top_end(ends: pd.DataFrame, pairs: str, end: str = "min") -> float:
+    """Smallest or largest over PATHS of the end change of y* with one kind of pairs, at the larger rate, nats."""
+    rates = vary(ends, "pairs", "lr")
+    rows = rates[(rates.pairs == pairs) & (rates.lr == rates.lr.max())]
+    return float(needed(rows)[[f"y* along {path}" for path in PATHS]].agg(end, axis=1).iloc[0])
+
+
+def extreme_end(ends: pd.DataFrame, columns: Sequence[str], end: str = "max") -> float:
+    """Largest (or smallest) end change over all settings and some columns, nats."""
+    return float(ends[list(columns)].agg(end).agg(end))
+
+
+def share_falling(ends: pd.DataFrame, column: str) -> float:
+    """Share of the settings with the larger learning rate in which a column ends below its start."""
+    return float((ends[ends.lr == ends.lr.max()][column] < 0).mean())
+
+
+def style_top(table: pd.DataFrame) -> float:
+    """End change of y* along chosen in the short runs with style pairs, mean, nats."""
+    return float(needed(ends(table).query("pairs == 'style'"))["y* along chosen"].mean())

@@ -1,5 +1,6 @@
 """Chapter 5: DPO, measured on all kinds of response, and where the probability goes (sections 3.2, 4.2)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ SCALES = {
     "laptop": recipe.AFTER_SFT["laptop"] | {
         "n_train": 528, "n_probe": 24, "n_probe_test": 12, "sft_short": 2, "sft_epochs": 4, "sft_long": 8,
         "epochs": 1.5, "evaluations": 21, "batch_size": 4, "lr": 1.5e-4, "beta": 0.1,
-        "few": 64, "few_lr": 1.6e-3, "few_evaluations": 2, "generate": 12, "account": 12,
+        "few": 64, "few_lr": 1.6e-3, "few_evaluations": 2, "generate": 12, "account": 12, "more_rates": (4.0, 16.0),
     },
     "pretrained": recipe.AFTER_SFT["pretrained"] | {
         "n_train": 64, "n_probe": 12, "n_probe_test": 4, "sft_short": 1, "sft_epochs": 4, "sft_long": 4,
@@ -148,6 +149,12 @@ def grid(c: Chapter, stage: store.Run) -> list[Align]:
     cells += [{"sft_epochs": 0}, {"beta": c.beta * 5}, {"beta": c.beta * 5} | slow]
     cells += [{"lr": c.few_lr * factor} for factor in c.more_rates]
     return [whole, *(replace(short, **cell) for cell in cells)]
+
+
+def sft_like_dpo(c: Chapter) -> list[recipe.Stages]:
+    """SFT of the untouched model on the same examples at DPO's learning rate and batch, one run a seed (claim 35)."""
+    whole = replace(c, sft_lr=c.lr, sft_batch_size=c.batch_size)
+    return recipe.stage_grid(whole, [math.ceil(c.epochs)], range(c.first_seed, c.first_seed + c.seeds))
 
 
 def from_base(c: Chapter) -> list[Align]:

@@ -108,6 +108,11 @@ def falls_less(
     return float(ends[0] - ends[1])
 
 
+def dpo_change(table: pd.DataFrame, arm: str, kind: str) -> float:
+    """Change of log pi over DPO under one arm, nats."""
+    return float(changes(table, arm, kind).iloc[-1])
+
+
 def others_fall_less(table: pd.DataFrame, at: str = "steps") -> float:
     """Smallest over OTHERS of `falls_less`, nats."""
     return min(falls_less(table, kind, at=at) for kind in OTHERS)
@@ -165,6 +170,27 @@ def win_rates(outcomes: pd.DataFrame, by: Sequence[str] = ("design", "decoding",
     """`judging.rate` for each group of the result of `compare`."""
     rows = [dict(zip(by, key, strict=True)) | judging.rate(part) for key, part in outcomes.groupby(list(by))]
     return pd.DataFrame(rows)
+
+
+def designs_ahead(table: pd.DataFrame) -> float:
+    """Of all designs of the closed world, those in which extended leads at the end of DPO: the 95% interval over
+    prompts of its lead is above 0. Not a number for a seed without the other designs."""
+    found = []
+    for design in ("main", *OTHER_DESIGNS):
+        ours, theirs = (scores(table, arm, design=design) for arm in ("extended", "baseline"))
+        found += [mean_interval(np.sign(ours - theirs).iloc[:, -1])[1] > 0] if len(ours) and len(theirs) else []
+    return float(sum(found)) if len(found) > 1 else float("nan")
+
+
+def score_change(table: pd.DataFrame, arm: str, best: bool = False) -> float:
+    """Change of the mean score of a sampled answer over DPO; with `best` to the best of its later evaluations."""
+    mean = needed(scores(table, arm), what=f"scores of {arm}").mean()
+    return float((mean.iloc[1:].max() if best else mean.iloc[-1]) - mean.iloc[0])
+
+
+def best_lead(table: pd.DataFrame) -> float:
+    """The best mean score of a sampled answer that extended reaches before or in DPO, minus that of the baseline."""
+    return float(scores(table, "extended").mean().max() - scores(table, "baseline").mean().max())
 
 
 # --- tables and sentences of the notebook

@@ -79,6 +79,11 @@ def format_minus_semantic(table: pd.DataFrame) -> float:
     return change(table, "chosen_format") - change(table, "chosen_semantic")
 
 
+def format_minus_semantic_share(table: pd.DataFrame) -> float:
+    """The same as a share of what the trained answer gains."""
+    return format_minus_semantic(table) / change(table, "chosen")
+
+
 def heat_map(table: pd.DataFrame) -> pd.DataFrame:
     """The last panel of figure 3: SignDelta of every observed type (rows) for every trained type (columns).
 
@@ -126,9 +131,10 @@ def shuffled_raises_others(table: pd.DataFrame) -> float:
 # --- sweeps: what holds in all cells of a recorded table
 
 
-def everywhere(cells: pd.DataFrame, column: str, end: str = "min") -> float:
-    """The smallest (`min`) or largest (`max`) value over all cells of a statistic of single runs, a column of a sweep.
+def everywhere(cells: pd.DataFrame, column: str, end: str = "min", size: str | None = None) -> float:
+    """The smallest (`min`) or largest (`max`) value over all cells, or those of one size of the model, of a statistic
+    of single runs, a column of a sweep.
 
     cells: one seed's rows.
     """
-    return float(cells[column].agg(end))
+    return float(cells[cells["size"] == size if size else slice(None)][column].agg(end))

@@ -30,6 +30,11 @@ def lemma_error(table: pd.DataFrame) -> float:
     return float(_values(table, "lemma_error").max())
 
 
+def law_error(table: pd.DataFrame, rung: int) -> float:
+    """Median relative error of the first-order law at one of the step sizes `run.STRENGTHS` (2: 0.1; 4: 1)."""
+    return float(np.median(_ladder(table, "ladder_law_error")[rung]))
+
+
 def pushed_log_odds(table: pd.DataFrame) -> float:
     """Largest change of the pushed label's log-odds over all vocabularies, distributions and step sizes."""
     return float(_values(table, "log_odds_of_pushed").max())

@@ -15,6 +15,7 @@ from lddyn.chapters.statistics import (
     change,
     curve,
     margins,
+    needed,
     partial_slope,
     share_won,
     top_change,
@@ -152,6 +153,27 @@ def _source(table: pd.DataFrame, name: str) -> pd.DataFrame:
     return rows[rows.name == name]
 
 
+def loss_end(table: pd.DataFrame, loss: str, column: str, over: str = "") -> float:
+    """A column of `variant_ends` for one of VARIANTS, or its difference to that of another one (`over`)."""
+    return _end(loss_runs(table), loss, column) - (_end(loss_runs(table), over, column) if over else 0.0)
+
+
+def source_end(table: pd.DataFrame, source: str, column: str, over: str = "") -> float:
+    """The same for one of SOURCES."""
+    return _end(source_runs(table), source, column) - (_end(source_runs(table), over, column) if over else 0.0)
+
+
+def _end(named: pd.DataFrame, name: str, column: str) -> float:
+    found = variant_ends(named[named.name.isin([name, "SFT"])]).set_index("name")
+    return float(needed(found, column)[column][name])
+
+
+def best_won(table: pd.DataFrame, over: str) -> float:
+    """The largest share of sampled answers that beat the SFT model's under any of VARIANTS, minus that under one."""
+    won = needed(variant_ends(loss_runs(table)).set_index("name"), "won").won.drop("SFT")
+    return float(won.max() - won[over])
+
+
 # --- claims 13 and 14 on a language model
 
 
@@ -200,12 +222,45 @@ def source_effect(table: pd.DataFrame, source: str, of: str) -> float:
 
     `of` what: "chosen"; "unpushed", the mean of UNPUSHED, which are in no pair; or "top", y* along the chosen answers.
     """
-    measure = {
-        "chosen": lambda run: change(run, "chosen"),
-        "unpushed": unpushed_change,
-        "top": lambda run: top_change(run, "chosen"),
-    }[of]
-    return measure(_source(table, source)) - measure(_source(table, "data"))
+    return _moved(_source(table, source), of) - _moved(_source(table, "data"), of)
+
+
+def _moved(run: pd.DataFrame, of: str) -> float:
+    if of == "unpushed":
+        return unpushed_change(run)
+    return top_change(run, "chosen") if of == "top" else change(run, of)
+
+
+def source_per_nat(table: pd.DataFrame, source: str, of: str) -> float:
+    """The same per nat that the pushed answers fall, a token: equal pushed nats, whatever the pairs.
+
+    The fall is that of the rejected answers of each round under the policy before and after it, summed over the rounds.
+    """
+
+    def per_nat(name: str) -> float:
+        run = _source(table, name)
+        pushed = run[(run.prompt_id == "pairs") & (run.response_type == "rejected")].groupby("metric").value.sum()
+        fallen = pushed["pushed_before"] - pushed["pushed_after"]
+        return _moved(run, of) / fallen if fallen > 0 else float("nan")
+
+    return per_nat(source) - per_nat("data")
+
+
+def push_per_nat(table: pd.DataFrame, of: str) -> float:
+    """Single pushes: change per nat that the pushed answer falls (both a token), own answers minus the data's rejected.
+
+    `of` what nobody pushed ("watched"), or of y* along it ("watched_top").
+    """
+    means = pushes(table).groupby("response_type", observed=True)[["pushed_change", f"{of}_change"]].mean()
+    cost = means[f"{of}_change"] / -means.pushed_change
+    return float(needed(cost, "greedy", "sampled", "rejected")[["greedy", "sampled"]].mean() - cost["rejected"])
+
+
+def push_slope_of_kinds(table: pd.DataFrame) -> float:
+    """Slope over the kinds of pushed response, one point a kind, of the mean change of what nobody pushed on the mean
+    log pi per token of what was pushed, nats per nat."""
+    means = pushes(table).groupby("response_type", observed=True)[["pushed_start", "watched_change"]].mean()
+    return float(np.polyfit(means.pushed_start, means.watched_change, 1)[0])
 
 
 def pushes(table: pd.DataFrame) -> pd.DataFrame:
@@ -266,7 +321,7 @@ def chosen_sentence(ends: pd.DataFrame) -> str:
     return (
         f"Under DPO the chosen answers change by {mean.chosen['DPO']:+.1f} nats. Not all losses do that: they rise "
         f"under {', '.join(kept) or 'none'}. The robust loss ends at a margin of {mean.margin['robust']:.0f} nats, DPO "
-        f"at {mean.margin['DPO']:.0f}: its force never fades, and the chosen answers change by "
+        f"at {mean.margin['DPO']:.0f}: its force never fades to nothing. The chosen answers change under it by "
         f"{mean.chosen['robust']:+.1f} nats."
     )
 
