@@ -188,3 +188,22 @@ def measured(run: store.Run) -> dict[str, Any]:
            for kind in ("chosen", "top", "unpushed") for metric in ("change", "forecast")},
         "chosen_slope": float(chosen.slope.mean()),
     }  # fmt: skip
+
+
+def kept() -> pd.DataFrame:
+    """The recorded settings, a row each; empty where none is recorded."""
+    return store.kept("recorded/preflight")[0] if RECORDED.exists() else pd.DataFrame()
+
+
+def sentence() -> str:
+    """How far a forecast can be trusted, out of the record."""
+    table = kept()
+    if table.empty:
+        return "How well such forecasts come true has not been recorded."
+    rank, error = table.forecast, (table.chosen_forecast - table.chosen_change).abs()
+    return (
+        f"On {len(table)} recorded settings of the built-in model such forecasts ranked the changes of chosen answers "
+        f"with a Spearman correlation of {rank.median():.2f} ({rank.min():.2f} to {rank.max():.2f}), and missed their "
+        f"mean by {error.median():.1f} nats (at most {error.max():.1f}) at margins of {table.margin.min():.0f} to "
+        f"{table.margin.max():.0f}."
+    )
