@@ -117,14 +117,14 @@ def read(s: Preflight) -> tuple[list[responses.Example], list[responses.Example]
     """Rows to train on and of the test split, without the bad ones; and what was wrong with these."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", Caution)
-        pushed = preferences.load(s.data, "train", skip_bad_rows="rows")
+        try:
+            pushed = preferences.load(s.data, "train", skip_bad_rows="rows")
+        except InputError as error:
+            raise InputError("; ".join([str(error), *(str(w.message) for w in said)])) from error
         try:
             others = preferences.load(s.data, "test", s.unpushed, skip_bad_rows="rows")
         except InputError:  # fewer than six rows, and no split
             others = []
-    for kind in ("chosen", "rejected"):
-        if kind not in pushed[0]:
-            raise InputError(f"{s.data}: no field {kind!r}; preflight needs prompt, chosen and rejected")
     return pushed, others, list(dict.fromkeys(str(w.message) for w in said if issubclass(w.category, Caution)))
 
 
@@ -191,8 +191,10 @@ def of_data(pushed: Sequence[responses.Example], uncut: Encoded, s: Preflight) -
 
 
 def of_model(model: Model, tokenizer: Tokenizer, there: Material, s: Preflight) -> dict[str, dict[str, float]]:
-    """How likely both answers are, and the model's `own`, sampled: log pi of an answer; and over all tokens, mean log pi,
-    that of y*, the share in the valley (below 5%), the median rank (0: y*), and the mean ||pi||^2."""
+    """How likely both answers are, and the model's `own`, which are sampled: log pi of an answer, mean.
+
+    Over all tokens: mean log pi, that of y*, the share in the valley (below 5%), median rank (0: y*), mean ||pi||^2.
+    """
     prompts = [e["prompt"] for e in there.examples]
     said = recipe.sample(model, tokenizer, prompts, s.max_response, s.seed, s.max_prompt, format=s.format)
     own = [(x, answer.tokens) for (x, _), answer in zip(there.pairs.chosen, said, strict=True)]
