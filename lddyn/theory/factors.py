@@ -26,6 +26,14 @@ class Use(NamedTuple):
 
     rows: Tensor  # (places, rows of the weight), or (places,) where the one of each one-hot is
     columns: Tensor  # (places, columns of the weight)
+    untrained: int | None = None  # the row that training leaves as it is: that of an embedding's padding token
+
+    def trained(self) -> "Use":
+        """Without what training leaves out."""
+        if self.untrained is None:
+            return self
+        kept = self.rows != self.untrained
+        return Use(self.rows[kept], self.columns[kept])
 
 
 Gradient = list[Use] | Tensor  # of one parameter, as factors or as it is; an empty list is zero
@@ -104,9 +112,7 @@ def _of_call(module: Any, x: Tensor, error: Tensor) -> dict[Parameter, Any]:
     precise = torch.promote_types(error.dtype, torch.float32)
     error = error.flatten(0, -2).to(precise)  # (tokens, width)
     if kind is nn.Embedding:
-        ids = x.flatten()
-        learned = ids != (-1 if module.padding_idx is None else module.padding_idx)
-        use = Use(ids[learned], error[learned] * getattr(module, "embed_scale", 1.0))
+        use = Use(x.flatten(), error * getattr(module, "embed_scale", 1.0), module.padding_idx)
     else:
         x = x.flatten(0, -2).to(precise)
         use = Use(error, x) if kind is nn.Linear else Use(x, error)
@@ -116,7 +122,12 @@ def _of_call(module: Any, x: Tensor, error: Tensor) -> dict[Parameter, Any]:
 
 def tensors(factors: Factors) -> list[Tensor]:
     """All that is held of a gradient."""
-    return [t for of in factors.values() for t in ([of] if isinstance(of, Tensor) else [t for use in of for t in use])]
+    return [t for of in factors.values() for t in ([of] if isinstance(of, Tensor) else [t for use in of for t in use[:2]])]
+
+
+def trained(gradient: Gradient) -> Gradient:
+    """The gradient that a training step takes."""
+    return gradient if isinstance(gradient, Tensor) else [use.trained() for use in gradient]
 
 
 def _sum(p: Parameter, one: Gradient, other: Gradient) -> Gradient:
@@ -145,10 +156,10 @@ def _add(out: Tensor, use: Use, first: int) -> None:
 
 
 def inner(a: Sequence[Factors], b: Sequence[Factors]) -> Tensor:
-    """Inner products of gradients over all their parameters. Returns (a, b), float64."""
+    """Inner products of what a step takes, for each of a, with gradients b. Returns (a, b), float64."""
     total = torch.zeros(len(a), len(b), dtype=torch.float64)
     for p in dict.fromkeys(p for side in (a, b) for factors in side for p in factors):
-        total += _of_parameter(p, [f.get(p, []) for f in a], [f.get(p, []) for f in b]).cpu()
+        total += _of_parameter(p, [trained(f.get(p, [])) for f in a], [f.get(p, []) for f in b]).cpu()
     return total
 
 

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from lddyn import InputError
 from lddyn.theory import losses
-from lddyn.theory.factors import Calls, Factors, dense, inner, taken_apart, tensors, watched
+from lddyn.theory.factors import Calls, Factors, dense, inner, taken_apart, tensors, trained, watched
 from lddyn.theory.first_order import Batch, Model, Text, batches, differentiable, trainable
 
 MEMORY = 2**30  # bytes
@@ -73,7 +73,8 @@ def products(model: Model, texts: Sequence[Text], others: Sequence[Text], memory
 
     `memory`: bytes to hold beyond the model, roughly; with fewer, texts are computed more often. How a model's gradient
     comes apart is checked on a few tokens, and what is used in an unknown way is differentiated without taking it
-    apart. Returns float64.
+    apart. A text's gradient is that of a training step, which leaves the embedding of padding as it is; the derivative
+    of another one has it. Returns float64.
     """
     both = [[(tuple(prompt), tuple(response)) for prompt, response in side] for side in (texts, others)]
     every = sorted({*both[0], *both[1]}, key=lambda text: (len(text[0]), len(text[1]), text))
@@ -144,7 +145,7 @@ def _parts(model: Model, text: Text, calls: Calls) -> Parts:
     noise = 1e-6 * max(g.norm().item() for g in exact if g is not None)
 
     def differs(p: Parameter, g: Tensor | None, found: Factors) -> bool:
-        error = (dense(p, found.get(p, [])) - (0 if g is None else g)).norm().item()
+        error = (dense(p, trained(found.get(p, []))) - (0 if g is None else g)).norm().item()
         tolerance = 1e-3 if torch.finfo(p.dtype).bits >= 32 else 0.05
         return error > noise + (0 if g is None else tolerance * g.norm().item())
 
