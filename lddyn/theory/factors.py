@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers.pytorch_utils import Conv1D
 
-AT_ONCE = 2**22  # numbers of gradients without factors, which a cache holds
+ROWS, AT_ONCE = 128, 2**24  # most rows, and numbers, of gradients without factors in one piece: quickest on a CPU
 
 
 class Use(NamedTuple):
@@ -26,6 +26,7 @@ class Use(NamedTuple):
 
     rows: Tensor  # (places, rows of the weight), or (places,) where the one of each one-hot is
     columns: Tensor  # (places, columns of the weight)
+    untrained: int | None = None  # the row that training leaves as it is: that of an embedding's padding token
 
 
 Gradient = list[Use] | Tensor  # of one parameter, as factors or as it is; an empty list is zero
@@ -71,9 +72,9 @@ def taken_apart(
 ) -> tuple[list[Factors], Sequence[Tensor]]:
     """The gradient of sum(outputs * errors) for each text, a row of a batch; and with respect to `entry`, for all.
 
-    Weights of linear layers and embeddings are given as factors; other modules are differentiated on each row alone. The gradients
-    of `whole` parameters cannot be divided, and need a batch of one. None for an error stands for 1. Empties `calls`.
-    Raises `ValueError` where an input does not have a row for each text.
+    That of a linear layer or an embedding is given as factors; other modules are differentiated on each row alone. For
+    `whole` parameters the batch must be of one text. None for an error stands for 1. Empties `calls`. Raises
+    `ValueError` where a module is not called with a row for each text.
     """
     known = calls.copy()
     inputs = [*(out for *_, out in known), *whole, *entry]
@@ -87,9 +88,9 @@ def taken_apart(
         rows = zip(x.split(1), error.split(1), strict=True) if texts > 1 else [(x, error)]
         for of_text, (x_row, error_row) in zip(factors, rows, strict=True):
             for p, gradient in _of_call(module, x_row, error_row).items():
-                of_text[p] = _sum(p, of_text.get(p, []), gradient)
+                of_text[p] = _sum(p, of_text[p], gradient) if p in of_text else gradient
     rest = found[len(known) : len(inputs) - len(entry)]
-    factors[0] |= {p: g for p, g in zip(whole, rest, strict=True) if g is not None}
+    factors[0] |= {p: _precise(g) for p, g in zip(whole, rest, strict=True) if g is not None}
     calls.clear()
     return factors, found[len(inputs) - len(entry) :]
 
@@ -100,55 +101,68 @@ def _of_call(module: Any, x: Tensor, error: Tensor) -> dict[Parameter, Any]:
     if kind is None:
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
         found = torch.autograd.grad(module(x), own, error, allow_unused=True)
-        return {p: g for p, g in zip(own, found, strict=True) if g is not None}
-    precise = torch.promote_types(error.dtype, torch.float32)
-    error = error.flatten(0, -2).to(precise)  # (tokens, width)
+        return {p: _precise(g) for p, g in zip(own, found, strict=True) if g is not None}
+    error = _precise(error.flatten(0, -2))  # (tokens, width)
     if kind is nn.Embedding:
-        ids = x.flatten()
-        learned = ids != (-1 if module.padding_idx is None else module.padding_idx)
-        use = Use(ids[learned], error[learned] * getattr(module, "embed_scale", 1.0))
+        use = Use(x.flatten(), error * getattr(module, "embed_scale", 1.0), module.padding_idx)
     else:
-        x = x.flatten(0, -2).to(precise)
+        x = _precise(x.flatten(0, -2))
         use = Use(error, x) if kind is nn.Linear else Use(x, error)
     of_module = {module.weight: [use], getattr(module, "bias", None): error.sum(0)}
     return {p: gradient for p, gradient in of_module.items() if p is not None and p.requires_grad}
 
 
-def tensors(factors: Factors) -> list[Tensor]:
-    """All that is held of a gradient."""
-    return [t for of in factors.values() for t in ([of] if isinstance(of, Tensor) else [t for use in of for t in use])]
+def _precise(t: Tensor) -> Tensor:
+    """In single precision at least."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _sum(p: Parameter, one: Gradient, other: Gradient) -> Gradient:
     if isinstance(one, list) and isinstance(other, list):
         return one + other
-    return dense(p, one) + dense(p, other) if len(one) else other
+    return dense(p, one) + dense(p, other)
+
+
+def tensors(factors: Factors) -> list[Tensor]:
+    """All that is held of a gradient."""
+    held = [[of] if isinstance(of, Tensor) else [t for use in of for t in use[:2]] for of in factors.values()]
+    return [t for some in held for t in some]
+
+
+def trained(gradient: Gradient) -> Gradient:
+    """The gradient that a training step takes, without rows that it leaves as they are."""
+    if isinstance(gradient, Tensor):
+        return gradient
+    kept = [slice(None) if u.untrained is None else u.rows != u.untrained for u in gradient]
+    return [Use(u.rows[k], u.columns[k]) for u, k in zip(gradient, kept, strict=True)]
 
 
 def dense(p: Parameter, gradient: Gradient) -> Tensor:
     """The gradient of one parameter without factors, in its shape."""
     if isinstance(gradient, Tensor):
         return gradient
-    out = p.new_zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32))
-    for use in gradient:
-        _add(out, use, 0)
+    out = torch.empty(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+    _fill(out, gradient, 0)
     return out
 
 
-def _add(out: Tensor, use: Use, first: int) -> None:
-    """Add what a use means for the rows of a weight from `first` on."""
-    if use.rows.dim() == 2:
-        out.addmm_(use.rows[:, first : first + len(out)].T, use.columns)
-    else:
-        here = (use.rows >= first) & (use.rows < first + len(out))
-        out.index_add_(0, use.rows[here] - first, use.columns[here])
+def _fill(out: Tensor, uses: list[Use], first: int) -> None:
+    """Write the rows of a weight's gradient from `first` on."""
+    if not uses or uses[0].rows.dim() == 1:
+        out.zero_()
+    for k, use in enumerate(uses):
+        if use.rows.dim() == 2:
+            out.addmm_(use.rows[:, first : first + len(out)].T, use.columns, beta=int(k > 0))
+        else:
+            here = (use.rows >= first) & (use.rows < first + len(out))
+            out.index_add_(0, use.rows[here] - first, use.columns[here])
 
 
 def inner(a: Sequence[Factors], b: Sequence[Factors]) -> Tensor:
-    """Inner products of gradients over all their parameters. Returns (a, b), float64."""
+    """Inner products of what a step takes, for each of a, with gradients b. Returns (a, b), float64."""
     total = torch.zeros(len(a), len(b), dtype=torch.float64)
     for p in dict.fromkeys(p for side in (a, b) for factors in side for p in factors):
-        total += _of_parameter(p, [f.get(p, []) for f in a], [f.get(p, []) for f in b]).cpu()
+        total += _of_parameter(p, [trained(f.get(p, [])) for f in a], [f.get(p, []) for f in b]).cpu()
     return total
 
 
@@ -157,18 +171,21 @@ def _of_parameter(p: Parameter, a: Sequence[Gradient], b: Sequence[Gradient]) ->
     if any(isinstance(gradient, Tensor) for gradient in (*a, *b)):
         of_a, of_b = (torch.stack([dense(p, gradient).flatten() for gradient in side]) for side in (a, b))
         return (of_a @ of_b.T).double()
-    uses = [use for gradient in (*a, *b) for use in gradient]
+    uses = [use for gradient in (*a, *b) for use in gradient if isinstance(use, Use)]
     places = sum(len(use.columns) for use in uses) / (len(a) + len(b))  # of a text
     if len(a) * len(b) * places**2 * sum(p.shape) < p.numel() * (places * (len(a) + len(b)) + len(a) * len(b)):
         return torch.stack([torch.stack([_between(one, other) for other in b]) for one in a]).double()
-    height = max(1, AT_ONCE // ((len(a) + len(b)) * p.shape[1]))
-    some = uses[0].columns.new_empty(len(a) + len(b), height, p.shape[1])  # rows of all gradients
+    gradients = [[use for use in gradient if isinstance(use, Use)] for gradient in (*a, *b)]
+    long, short = p.shape
+    if short > long and all(use.rows.dim() == 2 for use in uses):  # transposed: the products are the same
+        gradients, long, short = [[Use(v, u) for u, v, _ in gradient] for gradient in gradients], short, long
+    height = max(1, min(ROWS, AT_ONCE // (len(gradients) * short)))
+    some = uses[0].columns.new_empty(len(gradients), height, short)  # rows of all gradients
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=p.device)
-    for first in range(0, len(p), height):
-        here = some[:, : len(p) - first].zero_()
-        for out, gradient in zip(here, [*a, *b], strict=True):
-            for use in gradient:
-                _add(out, use, first)
+    for first in range(0, long, height):
+        here = some[:, : long - first]
+        for out, gradient in zip(here, gradients, strict=True):
+            _fill(out, gradient, first)
         of_a, of_b = here.flatten(1).split([len(a), len(b)])
         total += of_a @ of_b.T
     return total

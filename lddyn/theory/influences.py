@@ -2,14 +2,17 @@
 
 A gradient step on one example changes log pi of an observed response by -eta <grad L, grad log pi(observed)>. Every
 loss here is a function of summed log-probabilities, so that all there is to compute are inner products of gradients of
-log pi between texts (`products`); the loss multiplies them by its forces (`influences`). The products come from factors
-that one forward and one backward pass a text give (`factors`), for all pairs. Nothing is approximated.
+log pi between texts (`products`); the loss multiplies them by its forces (`influences`). One forward and one backward
+pass a text give the factors that all products are made of (`factors`). Where they do not fit in memory together, all
+texts go back through the model layer by layer, so that those of one layer are held at a time.
 
-All texts go back through the model together, layer by layer, so that the factors of one layer are held at a time.
+Libraries of data attribution estimate another quantity, what a model would be without an example: TRAK from gradients
+under random projections; kronfluence with Kronecker-factored curvature, of linear and convolutional layers; bergson
+from gradients of such layers, projected unless told otherwise, of cross-entropy, KL or a policy gradient. Here it is
+what a step does, for every loss on pairs and over all trainable parameters, with no approximation but the first order.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +25,7 @@ from torch.nn import Parameter
 
 from lddyn import InputError
 from lddyn.theory import losses
-from lddyn.theory.factors import Calls, Factors, dense, inner, taken_apart, tensors, watched
+from lddyn.theory.factors import Calls, Factors, dense, inner, taken_apart, tensors, trained, watched
 from lddyn.theory.first_order import Batch, Model, Text, batches, differentiable, trainable
 
 MEMORY = 2**30  # bytes
@@ -73,7 +76,8 @@ def products(model: Model, texts: Sequence[Text], others: Sequence[Text], memory
 
     `memory`: bytes to hold beyond the model, roughly; with fewer, texts are computed more often. How a model's gradient
     comes apart is checked on a few tokens, and what is used in an unknown way is differentiated without taking it
-    apart. Returns float64.
+    apart. A text's gradient is that of a training step, which leaves the embedding of padding as it is; the derivative
+    of another one has it. Returns float64.
     """
     both = [[(tuple(prompt), tuple(response)) for prompt, response in side] for side in (texts, others)]
     every = sorted({*both[0], *both[1]}, key=lambda text: (len(text[0]), len(text[1]), text))
@@ -82,7 +86,9 @@ def products(model: Model, texts: Sequence[Text], others: Sequence[Text], memory
     total = torch.zeros(len(every), len(every), dtype=torch.float64)
     logps = torch.zeros(len(every), dtype=torch.float64)
     with differentiable(model), torch.enable_grad(), watched(model) as calls:
-        parts = _parts(model, every[0], calls)
+        parts, size = _parts(model, every[0], calls)
+        if size * sum(len(prompt) + len(response) for prompt, response in every) < 0.5 * memory:
+            parts = parts._replace(layers=[])
         (longest,) = _started(parts, {0: max(every, key=lambda text: len(text[0]) + len(text[1]))})
         held = max(1, sum(h.nbytes for h in longest.states))
         for rows, columns in _blocks(sorted({*a}), sorted({*b}), int(0.55 * memory) // held):
@@ -104,6 +110,10 @@ def _blocks(a: list[int], b: list[int], fit: int, share: float = 0.5) -> Iterato
     for i in range(0, len(a), height):
         for j in range(0, len(b), width):
             yield a[i : i + height], b[j : j + width]
+
+
+def _bytes(factors: list[Factors]) -> int:
+    return sum({t.data_ptr(): t.nbytes for of_text in factors for t in tensors(of_text)}.values())
 
 
 # --- a model in pieces -------------------------------------------------------------------------------------
@@ -135,29 +145,34 @@ class Walk:
 Piece = Callable[[Walk], list[Factors]]  # what one part of a model adds to the gradients of a walk's texts
 
 
-def _parts(model: Model, text: Text, calls: Calls) -> Parts:
-    """The quickest way to take a gradient apart that gives what automatic differentiation finds on a few tokens."""
+def _parts(model: Model, text: Text, calls: Calls) -> tuple[Parts, float]:
+    """The quickest way to take a gradient apart that gives what automatic differentiation finds on a few tokens.
+
+    Also about how many bytes of factors there are for a token.
+    """
     few = {0: (text[0][-2:], text[1][:2]), 1: (text[0][-4:], text[1][:4])}
     wanted = [model.get_parameter(name) for name in trainable(model)]
     (batch,) = batches(model, [few[0]], None)
     exact = torch.autograd.grad(_logps(model, batch).sum(), wanted, allow_unused=True)
-    noise = 1e-6 * max(g.norm().item() for g in exact if g is not None)
+    noise: float = 1e-6 * max(g.norm().item() for g in exact if g is not None)
 
     def differs(p: Parameter, g: Tensor | None, found: Factors) -> bool:
-        error = (dense(p, found.get(p, [])) - (0 if g is None else g)).norm().item()
+        error: float = (dense(p, trained(found.get(p, []))) - (0 if g is None else g)).norm().item()
         tolerance = 1e-3 if torch.finfo(p.dtype).bits >= 32 else 0.05
-        return error > noise + (0 if g is None else tolerance * g.norm().item())
+        return error > noise + (0.0 if g is None else tolerance * g.norm().item())
 
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    stack: Sequence[Any] = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=[])
-    for layers, together in ((stack, True), (stack, False), ([], False)):
+    stack = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=nn.ModuleList())
+    for layers, together in ((list(stack), True), (list(stack), False), ([], False)):
         parts = Parts(model, calls, layers, together, [])
         for _ in range(1 if together else 2):
             calls.clear()
             try:
-                walk, found = _started(parts, few)[0], Factors()
+                walk, found, size = _started(parts, few)[0], Factors(), 0.0
                 for piece in _pieces(parts):
-                    found |= piece(walk)[walk.texts.index(0)]
+                    factors = piece(walk)
+                    found |= factors[walk.texts.index(0)]
+                    size += _bytes(factors) / walk.batch.ids.numel()
                     _advance(walk)
             except Exception:  # whatever a model raises whose layers are called in another way
                 if not layers:
@@ -165,9 +180,9 @@ def _parts(model: Model, text: Text, calls: Calls) -> Parts:
                 break
             wrong = [p for p, g in zip(wanted, exact, strict=True) if differs(p, g, found)]
             if not wrong:
-                return parts
+                return parts, size
             parts = parts._replace(whole=wrong)
-    return parts
+    return parts, size
 
 
 def _logps(model: Model, batch: Batch) -> Tensor:
@@ -227,13 +242,12 @@ def _advance(walk: Walk) -> None:
 def _pieces(parts: Parts) -> Iterator[Piece]:
     """The layers from the last to the first, then all else."""
 
-    def apart(walk: Walk, outputs: list[Tensor], errors: list[Tensor | None], *entry: Tensor) -> Any:
-        return taken_apart(parts.calls, parts.whole, len(walk.texts), outputs, errors, *entry)
+    take = partial(taken_apart, parts.calls, parts.whole)
 
     def of_layer(layer: Any, walk: Walk) -> list[Factors]:
         args, named = walk.given[-1]
         h = walk.states[-2].detach().requires_grad_()
-        factors, (walk.before,) = apart(walk, [layer(h, *args, **named)], [walk.error], h)
+        factors, (walk.before,) = take(len(walk.texts), [layer(h, *args, **named)], [walk.error], h)
         return factors
 
     def of_the_rest(walk: Walk) -> list[Factors]:
@@ -241,8 +255,8 @@ def _pieces(parts: Parts) -> Iterator[Piece]:
             logps = _logps(parts.model, walk.batch)
         walk.logps = logps.detach()
         ends = [(logps.sum(), None), *((h, walk.error) for h in entered)]
-        ends = [(out, error) for out, error in ends if out.requires_grad]
-        return apart(walk, [out for out, _ in ends], [error for _, error in ends])[0]
+        outputs = [out for out, _ in ends if out.requires_grad]
+        return take(len(walk.texts), outputs, [error for out, error in ends if out.requires_grad])[0]
 
     yield from (partial(of_layer, layer) for layer in reversed(parts.layers))
     yield of_the_rest
@@ -277,7 +291,7 @@ def _add_products(
     """Add the products of one piece of the model to the `rows` and `columns` of all products."""
     largest = max(walks, key=lambda walk: walk.batch.ids.numel())
     kept = dict(zip(largest.texts, piece(largest), strict=True))
-    held = sum({t.data_ptr(): t.nbytes for factors in kept.values() for t in tensors(factors)}.values()) // len(kept)
+    held = _bytes(list(kept.values())) // len(kept)
     for some, others in _blocks(rows, columns, max(2, memory // max(1, held)), 0.1):
         needed = {*some, *others}
         kept = {i: factors for i, factors in kept.items() if i in needed}
