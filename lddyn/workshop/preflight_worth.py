@@ -30,6 +30,7 @@ from lddyn.workshop.forecast import How, Pairs
 
 RECORDED = store.BOOK / "recorded" / "preflight.json"
 SEEDS = (400, 401)  # of the SFT and of the pairs that are drawn; no other run has them
+ORDERS = (0, 1, 2, 3)  # seeds of the order of the pairs in training
 # each with its sign: what should rank with the change of the chosen answer
 RIVALS = {
     "ches": "CHES",
@@ -148,24 +149,21 @@ def record(given: Mapping[str, Any] | None = None, seeds: Sequence[int] = SEEDS)
 
     `given`: settings of `Worth`, and of the SFT before, in place of those of chapter 5 at laptop scale.
     """
-    given = {"orders": (0, 1, 2, 3)} | dict(given or {})
-    chapter = dpo.settings("laptop", given)
-    files = recipe.files(chapter)
+    chapter = dpo.settings("laptop", given or {})
     stages = recipe.stage_grid(chapter, [chapter.sft_short], seeds)
-    few = {
-        "n_train": chapter.few,
-        "lr": chapter.few_lr / 4,
-        "pairs": "as_written",
-        "stage": "",
-        "sft_epochs": 0,
-    } | given
+    once = {"n_train": chapter.few, "lr": chapter.few_lr / 4, "epochs": 1.0, "orders": ORDERS} | dict(given or {})
 
     def grid(stage: store.Run) -> list[Worth]:
-        how = derive(Worth, chapter, seed=stage.manifest["parameters"]["seed"], model=recipe.base_model(chapter), **few)
-        starts = ({}, {"stage": str(stage.folder), "sft_epochs": chapter.sft_short})
-        return [replace(how, pairs=kind, **start) for start in starts for kind in PAIRS]
+        start = {
+            "seed": stage.manifest["parameters"]["seed"],
+            "model": recipe.base_model(chapter),
+            "pairs": "as_written",
+        }
+        base = derive(Worth, chapter, **start, stage="", sft_epochs=0, **once)
+        tuned = replace(base, stage=str(stage.folder), sft_epochs=chapter.sft_short)
+        return [replace(how, pairs=kind) for how in (base, tuned) for kind in PAIRS]
 
-    runs = pool.run_then(recipe.stages, stages, compare, grid, files, workers=1)
+    runs = pool.run_then(recipe.stages, stages, compare, grid, recipe.files(chapter), workers=1)
     rows = [measured(run) for run in runs]
     store.keep(RECORDED, rows, runs)
     return f"{len(rows)} settings: {RECORDED.relative_to(store.SOURCES)}"
