@@ -17,7 +17,7 @@ from lddyn.chapters.variants.figures import softening
 from lddyn.data import preferences, responses
 from lddyn.engine import gguf, recorded, released, store
 from lddyn.publish import across, display, paper_scale, status
-from lddyn.workshop import estimate, launch, sweep
+from lddyn.workshop import estimate, launch, preflight_worth, sweep
 
 BOOK = store.ROOT / "book"
 EXECUTED = BOOK / "notebooks"
@@ -286,6 +286,35 @@ def write_sweeps() -> None:
         table=launch.table(),
         teraflops=f"{launch.RATE / 1e12:.0f}",
         reached=f"{estimate.REACHED:.0%}",
+    )
+
+
+def write_preflight() -> None:
+    """The page about `lddyn preflight`: what it forecast on recorded settings, and what training did then."""
+    recorded_table, made = store.kept("recorded/preflight")
+    by_setting = recorded_table.assign(setting=recorded_table.pairs + ", " + recorded_table.start).set_index(
+        ["setting", "seed"]
+    )
+    ranks = {
+        "between_orders": "between orders",
+        "forecast": "forecast",
+        "slope": "first order",
+    } | preflight_worth.RIVALS
+    means = {
+        f"{kind}_{of}": f"{name}, {word}"
+        for kind, name in (("chosen", "chosen"), ("top", "y*"), ("unpushed", "not pushed"))
+        for of, word in (("change", "measured"), ("forecast", "forecast"))
+    }
+    _write(
+        "preflight.md",
+        verdict=preflight_worth.verdict(recorded_table).replace("y*", r"y\*"),
+        settings=len(recorded_table),
+        pairs=recorded_table.trained.max(),
+        orders=recorded_table.orders.max(),
+        ranks=display.table(by_setting[list(ranks)].rename(columns=ranks), digits=2),
+        means=display.table(by_setting[["margin", *means]].rename(columns=means)),
+        calibration=preflight_worth.calibration(recorded_table).replace("y*", r"y\*"),
+        origin=store.in_words(made),
     )
 
 

@@ -30,6 +30,7 @@ from lddyn.workshop.forecast import How, Pairs
 
 RECORDED = store.BOOK / "recorded" / "preflight.json"
 SEEDS = (400, 401)  # of the SFT and of the pairs that are drawn; no other run has them
+GOAL = 0.7  # a correlation from which a forecast is called useful
 ORDERS = (0, 1, 2, 3)  # seeds of the order of the pairs in training
 # each with its sign: what should rank with the change of the chosen answer
 RIVALS = {
@@ -179,6 +180,8 @@ def measured(run: store.Run) -> dict[str, Any]:
         "pairs": p["pairs"],
         "start": f"{p['sft_epochs']} epochs of SFT" if p["sft_epochs"] else "base",
         "seed": p["seed"],
+        "trained": len(chosen),
+        "orders": len(orders),
         "between_orders": float(np.mean(one_by_one)),
         **{name: float(spearmanr(chosen[name], chosen.change)[0]) for name in ("forecast", "slope", *RIVALS)},
         "margin": float((chosen.change - wide["rejected"].change.dropna()).mean()),
@@ -188,20 +191,51 @@ def measured(run: store.Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def kept() -> pd.DataFrame:
-    """The recorded settings, a row each; empty where none is recorded."""
-    return store.kept("recorded/preflight")[0] if RECORDED.exists() else pd.DataFrame()
-
-
 def sentence() -> str:
     """How far a forecast can be trusted, out of the record."""
-    table = kept()
-    if table.empty:
+    if not RECORDED.exists():
         return "How well such forecasts come true has not been recorded."
+    table = store.kept("recorded/preflight")[0]
     rank, error = table.forecast, (table.chosen_forecast - table.chosen_change).abs()
     return (
         f"On {len(table)} recorded settings of the built-in model such forecasts ranked the changes of chosen answers "
         f"with a Spearman correlation of {rank.median():.2f} ({rank.min():.2f} to {rank.max():.2f}), and missed their "
         f"mean by {error.median():.1f} nats (at most {error.max():.1f}) at margins of {table.margin.min():.0f} to "
         f"{table.margin.max():.0f}."
+    )
+
+
+def verdict(table: pd.DataFrame) -> str:
+    """Whether forecasts rank pairs better than the rivals, and by how much: of a recorded table, in words."""
+    n, rivals = len(table), table[list(RIVALS)]
+    ahead = {name: int((table.forecast > table[name]).sum()) for name in RIVALS}
+    told = [
+        f"The forecast's correlation with what training did is {table.forecast.median():.2f} in the median, from "
+        f"{table.forecast.min():.2f} to {table.forecast.max():.2f}; it is at least {GOAL} on "
+        f"{int((table.forecast >= GOAL).sum())} of {n} settings.",
+        "It ranks the pairs better than " + ", ".join(f"{RIVALS[name]} on {ahead[name]}" for name in RIVALS) + ".",
+    ]
+    lost = rivals[rivals.max(axis=1) >= table.forecast].idxmax(axis=1)
+    told += [
+        f"On {table.pairs[i]} pairs from {table.start[i]}, {RIVALS[name]} ranks them better."
+        for i, name in lost.items()
+    ]
+    best = rivals.median().idxmax()
+    told.append(f"Best of the others is {RIVALS[best]} with {rivals[best].median():.2f} in the median.")
+    return " ".join(told)
+
+
+def calibration(table: pd.DataFrame) -> str:
+    """How far the mean forecast was from the measured mean, and how often it had its sign: in words."""
+    told = []
+    for kind, name in (("chosen", "chosen answers"), ("top", "y*"), ("unpushed", "text that is not pushed")):
+        said, was = table[f"{kind}_forecast"], table[f"{kind}_change"]
+        told.append(
+            f"for {name} by {(said - was).abs().median():.1f} (at most {(said - was).abs().max():.1f}), "
+            f"with the right sign on {int((said * was > 0).sum())} of {len(table)}"
+        )
+    alone = (table.chosen_slope - table.chosen_change).abs().median()
+    return (
+        f"The mean is missed, in nats, {'; '.join(told)}. The first order alone misses that of chosen answers by "
+        f"{alone:.1f} in the median."
     )

@@ -3,11 +3,13 @@
 import json
 import re
 
+import pandas as pd
 import pytest
 import torch
 
 from lddyn import InputError
 from lddyn.__main__ import main
+from lddyn.chapters.dpo import evidence as dpo
 from lddyn.data import preferences
 from lddyn.engine import models, store
 from lddyn.engine.probe_set import ProbeSet
@@ -168,3 +170,40 @@ def test_a_forecast_that_ranks_the_pairs_gets_one_and_its_means_are_kept(tmp_pat
     assert row["forecast"] == row["between_orders"] == 1 and row["ches"] == -1
     assert row["margin"] == 8 and row["chosen_change"] == 2 and row["chosen_forecast"] == 5
     assert row["start"] == "2 epochs of SFT" and row["unpushed_change"] == -1
+
+
+def recorded(**values: float) -> pd.DataFrame:
+    row = dict.fromkeys(preflight_worth.RIVALS, 0.2) | {"forecast": 0.8, "pairs": "style", "start": "base"}
+    return pd.DataFrame([row, row | values])
+
+
+def test_the_record_says_where_a_rival_is_better():
+    told = preflight_worth.verdict(recorded(forecast=0.4, overlap=0.5))
+    assert "at least 0.7 on 1 of 2 settings" in told and "On style pairs from base, overlap ranks them better" in told
+    assert "CHES on 2" in told and "overlap on 1" in told
+    assert "ranks them better" not in preflight_worth.verdict(recorded())
+
+
+def test_the_record_says_how_far_the_means_were_off():
+    kinds = ("chosen", "top", "unpushed")
+    row = {f"{kind}_change": -2.0 for kind in kinds} | {f"{kind}_forecast": -1.5 for kind in kinds}
+    told = preflight_worth.calibration(
+        pd.DataFrame([row | {"chosen_slope": 4.0}, row | {"chosen_slope": 6.0, "top_forecast": 1.0}])
+    )
+    assert "chosen answers by 0.5 (at most 0.5), with the right sign on 2 of 2" in told
+    assert "y* by 1.8 (at most 3.0), with the right sign on 1 of 2" in told
+    assert "first order alone misses that of chosen answers by 7.0" in told
+
+
+@pytest.mark.slow
+def test_every_setting_is_recorded_with_the_forecast_and_its_rivals(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight_worth, "RECORDED", store.BOOK / "recorded" / f"{tmp_path.name}.json")
+    try:
+        preflight_worth.record({"size": "tiny", "n_train": 16, "sft_short": 1, "orders": (0, 1)}, (7,))
+        table, made = store.kept(f"recorded/{tmp_path.name}")
+    finally:
+        preflight_worth.RECORDED.unlink()
+    assert set(zip(table.pairs, table.start, strict=True)) == {
+        (kind, start) for kind in dpo.PAIRS for start in ("base", "1 epochs of SFT")
+    }
+    assert made["seeds"] == [7] and table[["forecast", *preflight_worth.RIVALS]].notna().all().all()
