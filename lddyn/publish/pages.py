@@ -291,29 +291,24 @@ def write_sweeps() -> None:
 
 def write_preflight() -> None:
     """The page about `lddyn preflight`: what it forecast on recorded settings, and what training did then."""
-    recorded_table, made = store.kept("recorded/preflight")
-    by_setting = recorded_table.assign(setting=recorded_table.pairs + ", " + recorded_table.start).set_index(
-        ["setting", "seed"]
+    table, made = store.kept("recorded/preflight")
+    shared = {"between_orders": "between orders", "attainable": "attainable"}
+    ranks = shared | {"forecast": "forecast", "slope": "first order"} | preflight_worth.RIVALS
+    kinds, of = (
+        {"chosen": "chosen", "top": "y*", "unpushed": "not pushed"},
+        {"change": "measured", "forecast": "forecast"},
     )
-    ranks = {
-        "between_orders": "between orders",
-        "forecast": "forecast",
-        "slope": "first order",
-    } | preflight_worth.RIVALS
-    means = {
-        f"{kind}_{of}": f"{name}, {word}"
-        for kind, name in (("chosen", "chosen"), ("top", "y*"), ("unpushed", "not pushed"))
-        for of, word in (("change", "measured"), ("forecast", "forecast"))
-    }
+    means = {f"{kind}_{one}": f"{name}, {word}" for kind, name in kinds.items() for one, word in of.items()}
+    rows = table.assign(setting=table.pairs + ", " + table.start).set_index(["setting", "seed"])
     _write(
         "preflight.md",
-        verdict=preflight_worth.verdict(recorded_table).replace("y*", r"y\*"),
-        settings=len(recorded_table),
-        pairs=recorded_table.trained.max(),
-        orders=recorded_table.orders.max(),
-        ranks=display.table(by_setting[list(ranks)].rename(columns=ranks), digits=2),
-        means=display.table(by_setting[["margin", *means]].rename(columns=means)),
-        calibration=preflight_worth.calibration(recorded_table).replace("y*", r"y\*"),
+        verdict=preflight_worth.verdict(table),
+        settings=len(table),
+        pairs=table.trained.max(),
+        orders=table.orders.max(),
+        ranks=display.table(rows[list(ranks)].rename(columns=ranks), digits=2),
+        means=display.table(rows[["margin", *means]].rename(columns=means)),
+        calibration=preflight_worth.calibration(table).replace("y*", r"y\*"),
         origin=store.in_words(made),
     )
 

@@ -25,8 +25,9 @@ from lddyn.engine.probe_set import Encoded, Model, ProbeSet, Tokenizer
 from lddyn.engine.settings import derive, lengths
 from lddyn.engine.training import Training, sft_rows, train
 from lddyn.theory import influences, kernels
+from lddyn.theory.first_order import Text
 from lddyn.theory.logprobs import TokenStats
-from lddyn.workshop.forecast import Direction, Forecast, How, Pairs, Text, direction, forecast, parts, stats, sums
+from lddyn.workshop.forecast import Direction, Forecast, How, Pairs, direction, forecast, parts, stats, sums
 
 KINDS = ("chosen", "rejected", "top", "unpushed")  # what is forecast; top: y* along chosen
 FEWEST = 5  # pairs; the bag of words needs as many

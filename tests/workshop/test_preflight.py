@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -174,6 +175,7 @@ def test_a_forecast_that_ranks_the_pairs_gets_one_and_its_means_are_kept(tmp_pat
 
 def recorded(**values: float) -> pd.DataFrame:
     row = dict.fromkeys(preflight_worth.RIVALS, 0.2) | {"forecast": 0.8, "pairs": "style", "start": "base"}
+    row |= {"attainable": 0.9}
     return pd.DataFrame([row, row | values])
 
 
@@ -182,6 +184,16 @@ def test_the_record_says_where_a_rival_is_better():
     assert "at least 0.7 on 1 of 2 settings" in told and "On style pairs from base, overlap ranks them better" in told
     assert "CHES on 2" in told and "overlap on 1" in told
     assert "ranks them better" not in preflight_worth.verdict(recorded())
+
+
+def test_orders_that_disagree_leave_less_to_forecast():
+    assert preflight_worth.attainable(1.0, 4) == 1 and preflight_worth.attainable(-0.1, 4) == 0
+    rng = np.random.default_rng(0)
+    expected, noise = rng.normal(size=100_000), rng.normal(size=(4, 100_000))
+    orders = expected + 2 * noise
+    between = float(np.corrcoef(orders)[0, 1])
+    truth = np.corrcoef(expected, orders.mean(0))[0, 1]
+    assert preflight_worth.attainable(between, 4) == pytest.approx(truth, abs=0.02)
 
 
 def test_the_record_says_how_far_the_means_were_off():
