@@ -5,6 +5,7 @@ Bad input is one line and exit code 2.
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,8 +14,23 @@ from lddyn import InputError, __version__
 from lddyn.chapters import claims
 from lddyn.engine import pool, pretraining, store
 from lddyn.engine.released import FILE
+from lddyn.engine.settings import derive
 from lddyn.publish import build, notebooks, pages, pdf, status
-from lddyn.workshop import chat, estimate, launch, pretrained, released, rephrase, replicates, report, sweep, tune
+from lddyn.workshop import (
+    chat,
+    estimate,
+    launch,
+    preflight,
+    preflight_page,
+    preflight_worth,
+    pretrained,
+    released,
+    rephrase,
+    replicates,
+    report,
+    sweep,
+    tune,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,6 +86,25 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--max-tokens", type=positive, default=256, help="tokens of an answer")
     words.add_argument("--device", default="cpu", help="of a local model: cpu or cuda")
 
+    before = commands.add_parser("preflight", help="before DPO: what it will do to these pairs, and which pairs do it")
+    before.add_argument("data", nargs="?", default="builtin", help="JSON Lines file, or a hub id (default: builtin)")
+    before.add_argument("--model", default="builtin", help="builtin, smollm2, a folder or a hub id")
+    before.add_argument("--pairs", type=positive, default=64, help="how many, from the first (default: 64)")
+    before.add_argument("--margin", type=above_zero, default=10.0, help="nats to forecast at (default: 10)")
+    before.add_argument("--beta", type=above_zero, default=0.1, help="of DPO (default: 0.1)")
+    before.add_argument("--optimizer", default="adamw", help="adamw, rmsprop or sgd")
+    before.add_argument("--batch-size", type=positive, default=4, help="pairs of one step (default: 4)")
+    before.add_argument("--max-prompt", type=positive, default=256, help="tokens of a prompt (default: 256)")
+    before.add_argument("--max-response", type=positive, default=256, help="tokens of an answer (default: 256)")
+    before.add_argument("--format", default="auto", help="auto, chat or plain")
+    before.add_argument("--device", default="cpu", help="cpu or cuda")
+    before.add_argument(
+        "--sft-first", type=positive, nargs="?", const=2, default=0, help="also after so many epochs of SFT (2)"
+    )
+    before.add_argument("--report", type=Path, help="HTML file to write too")
+    before.add_argument("--json", action="store_true", help="print all numbers instead of words")
+    before.add_argument("--worth", action="store_true", help="record again how well forecasts come true, for the book")
+
     book = commands.add_parser("book", help="execute every stale notebook and build the book")
     book.add_argument("--scale", default="laptop")
     book.add_argument("--force", action="store_true", help="execute fresh notebooks too")
@@ -109,6 +144,16 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"takes a whole number from 1, not {text!r}")
     return int(text)
+
+
+def above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"takes a number above 0, not {text!r}")
+    return value
 
 
 def _set_option(command: argparse.ArgumentParser) -> None:
@@ -176,6 +221,21 @@ def _rephrase(a) -> int:
 
     ask = chat.connect(a.chat, a.max_tokens, a.device, a.budget)
     print(rephrase.summary(rephrase.rephrase(a.data, a.out, ask, a.limit, a.workers)))
+    return 0
+
+
+def _preflight(a) -> int:
+
+    if a.worth:
+        pool.show_progress()
+        print(preflight_worth.record())
+        return 0
+    if a.report:
+        store.writable(a.report)
+    found = preflight.preflight(derive(preflight.Preflight, a))
+    if a.report:
+        preflight_page.write(found, a.report)
+    print(json.dumps(found, indent=1) if a.json else preflight_page.text(found))
     return 0
 
 
@@ -252,6 +312,7 @@ COMMANDS = {
     "sweep": _sweep,
     "report": _report,
     "rephrase": _rephrase,
+    "preflight": _preflight,
     "book": _book,
     "pdf": _pdf,
     "status": _status,

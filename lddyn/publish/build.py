@@ -210,6 +210,7 @@ def _build(scale: str, force: bool, strict: bool) -> int:
     pages.write_model_card()
     pages.write_bench()
     pages.write_sweeps()
+    pages.write_preflight()
     if wrong := [*on_first_page, *refuted(entries, scale)]:
         print(*(f"lddyn: not borne out: {line}" for line in wrong), sep="\n", file=sys.stderr)
     return render() or (1 if strict and wrong else 0)

@@ -17,7 +17,7 @@ from lddyn.chapters.variants.figures import softening
 from lddyn.data import preferences, responses
 from lddyn.engine import gguf, recorded, released, store
 from lddyn.publish import across, display, figures, paper_scale, status
-from lddyn.workshop import estimate, launch, sweep
+from lddyn.workshop import estimate, launch, preflight_worth, sweep
 
 BOOK = store.ROOT / "book"
 EXECUTED = BOOK / "notebooks"
@@ -307,6 +307,30 @@ def write_sweeps() -> None:
         table=launch.table(),
         teraflops=f"{launch.RATE / 1e12:.0f}",
         reached=f"{estimate.REACHED:.0%}",
+    )
+
+
+def write_preflight() -> None:
+    """The page about `lddyn preflight`: what it forecast on recorded settings, and what training did then."""
+    table, made = store.kept("recorded/preflight")
+    shared = {"between_orders": "between orders", "attainable": "attainable"}
+    ranks = shared | {"forecast": "forecast", "slope": "first order"} | preflight_worth.RIVALS
+    kinds, of = (
+        {"chosen": "chosen", "top": "y*", "unpushed": "not pushed"},
+        {"change": "measured", "forecast": "forecast"},
+    )
+    means = {f"{kind}_{one}": f"{name}, {word}" for kind, name in kinds.items() for one, word in of.items()}
+    rows = table.assign(setting=table.pairs + ", " + table.start).set_index(["setting", "seed"])
+    _write(
+        "preflight.md",
+        verdict=preflight_worth.verdict(table),
+        settings=len(table),
+        pairs=table.trained.max(),
+        orders=table.orders.max(),
+        ranks=display.table(rows[list(ranks)].rename(columns=ranks), digits=2),
+        means=display.table(rows[["margin", *means]].rename(columns=means)),
+        calibration=preflight_worth.calibration(table).replace("y*", r"y\*"),
+        origin=store.in_words(made),
     )
 
 

@@ -239,13 +239,16 @@ def sign_delta(z: Tensor, dz: Tensor) -> float:
     return log_changes(z, dz).mean().item()
 
 
-def ches(model: Model, chosen: Sequence[Text], rejected: Sequence[Text]) -> Tensor:
+def ches(model: Model, chosen: Sequence[Text], rejected: Sequence[Text], normalised: bool = False) -> Tensor:
     """The centred hidden embedding similarity of each pair, <H+, H-> - ||H+||^2 (Razin et al., arXiv 2410.08847).
 
-    H sums the last hidden states that predict the tokens of a response. A high score marks pairs whose chosen answer
-    DPO is expected to make less likely. Returns (pairs,).
+    H sums the last hidden states that predict the tokens of a response; `normalised` by length, it is their mean. A
+    high score marks pairs whose chosen answer DPO is expected to make less likely. Returns (pairs,).
     """
     good, bad = (_hidden_sums(model, texts) for texts in (chosen, rejected))  # (pairs, width)
+    if normalised:
+        of_good, of_bad = (good.new_tensor([[len(y)] for _, y in texts]) for texts in (chosen, rejected))
+        good, bad = good / of_good, bad / of_bad
     similarity: Tensor = torch.linalg.vecdot(good, bad)
     return similarity - good.square().sum(-1)
 

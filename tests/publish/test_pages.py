@@ -37,6 +37,7 @@ def test_every_template_becomes_a_page_without_gaps(generated, tmp_path, monkeyp
     pages.write_model_card()
     pages.write_bench()
     pages.write_sweeps()
+    pages.write_preflight()
     templates = sorted(path.name for path in (pages.BOOK / "templates").iterdir())
     assert templates == sorted(path.name for path in generated.glob("*.md"))
     assert (generated / "softening.svg").exists()

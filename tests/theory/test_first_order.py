@@ -196,6 +196,9 @@ def test_ches_uses_the_hidden_states_that_predict_the_response(lm):
 
     expected = [(hidden(a) @ hidden(b) - hidden(a) @ hidden(a)).item() for a, b in zip(chosen, rejected, strict=True)]
     assert kernels.ches(model, chosen, rejected).tolist() == pytest.approx(expected, rel=1e-6)
+    means = [[hidden(text) / len(text[1]) for text in side] for side in (chosen, rejected)]
+    by_length = [(a @ b - a @ a).item() for a, b in zip(*means, strict=True)]
+    assert kernels.ches(model, chosen, rejected, normalised=True).tolist() == pytest.approx(by_length, rel=1e-6)
 
 
 def test_the_model_stays_as_it_was(lm):
