@@ -113,8 +113,8 @@ def test_every_figure_of_a_notebook_is_drawn_by_one_function_that_is_found(name)
 def test_the_command_of_a_kept_table_is_that_of_the_text():
     for kept, command in figures.REMAKE.items():
         cells = json.loads(notebooks.notebook_path(command.split()[4]).read_text())["cells"]
-        text = " ".join("".join(line for cell in cells for line in cell["source"]).replace("\\\n", " ").split())
-        assert command in text, kept
+        text = "".join(line for cell in cells for line in cell["source"]).replace("\\", " ")
+        assert command in " ".join(text.split()), kept
 
 
 # --- the extension -----------------------------------------------------------------------------------------------
