@@ -19,7 +19,7 @@ import torch
 from lddyn import Caution, InputError
 from lddyn.chapters.dpo.run import LIKELY
 from lddyn.data import preferences, responses
-from lddyn.engine import models, recipe
+from lddyn.engine import models, probes
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import Encoded, Model, ProbeSet, Tokenizer
 from lddyn.engine.settings import derive, lengths
@@ -197,7 +197,7 @@ def of_model(model: Model, tokenizer: Tokenizer, there: Material, s: Preflight) 
     Over all tokens: mean log pi, that of y*, the share in the valley (below 5%), median rank (0: y*), mean ||pi||^2.
     """
     prompts = [e["prompt"] for e in there.examples]
-    said = recipe.sample(model, tokenizer, prompts, s.max_response, s.seed, s.max_prompt, format=s.format)
+    said = probes.sample(model, tokenizer, prompts, s.max_response, s.seed, s.max_prompt, format=s.format)
     own = [(x, answer.tokens) for (x, _), answer in zip(there.pairs.chosen, said, strict=True)]
     found = {}
     for name, texts in (("chosen", there.pairs.chosen), ("rejected", there.pairs.rejected), ("own", own)):
@@ -256,7 +256,7 @@ def after_sft(model: Model, tokenizer: Tokenizer, there: Material, s: Preflight)
     prompts = [e["prompt"] for e in there.examples]
     answers = [e[kind] for kind in ("chosen", "rejected") for e in there.examples]
     rows = sft_rows(tokenizer, prompts * 2, answers, **lengths(s))
-    callback = ProbeCallback(ProbeSet(prompts[:1], {"chosen": answers[:1]}), at=[0], **lengths(s))
+    callback = ProbeCallback(ProbeSet(prompts[:1], {"chosen": answers[:1]}), at=[0], thresholds=None, **lengths(s))
     how = derive(Training, s, lr=s.sft_lr, epochs=s.sft_first, checkpoints=1)
     with tempfile.TemporaryDirectory() as work:
         train(Path(work), tuned, tokenizer, rows, callback, how)

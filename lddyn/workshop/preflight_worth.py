@@ -25,6 +25,7 @@ from lddyn.engine.probe_set import ProbeSet
 from lddyn.engine.settings import derive, lengths
 from lddyn.engine.training import Training, dpo_rows, train
 from lddyn.theory import influences, kernels
+from lddyn.theory.first_order import Text
 from lddyn.workshop import forecast
 from lddyn.workshop.forecast import How, Pairs
 
@@ -95,7 +96,9 @@ def compare(work: Path, s: Worth) -> pd.DataFrame:
     rows = dpo_rows(tokenizer, kept.prompts, kept.responses["chosen"], kept.responses["rejected"], **lengths(s))
     for order in s.orders:
         trained = models.snapshot(lm).requires_grad_(True)
-        callback = ProbeCallback(ProbeSet(kept.prompts[:1], {"chosen": kept.responses["chosen"][:1]}), at=[0])
+        callback = ProbeCallback(
+            ProbeSet(kept.prompts[:1], {"chosen": kept.responses["chosen"][:1]}), at=[0], thresholds=None
+        )
         how = derive(Training, s, seed=order, method="dpo", checkpoints=1)
         train(work / f"{order}", trained, tokenizer, rows, callback, how)
         after.append(_logps(trained.eval(), pairs, unpushed))
@@ -117,7 +120,7 @@ def compare(work: Path, s: Worth) -> pd.DataFrame:
     )
 
 
-def _logps(model: Any, pairs: Pairs, unpushed: Sequence[forecast.Text]) -> dict[str, torch.Tensor]:
+def _logps(model: Any, pairs: Pairs, unpushed: Sequence[Text]) -> dict[str, torch.Tensor]:
     chosen = forecast.stats(model, pairs.chosen)
     return {
         "chosen": forecast.sums(chosen),
