@@ -327,6 +327,7 @@ def write_preflight() -> None:
         settings=len(table),
         pairs=table.trained.max(),
         orders=table.orders.max(),
+        lr=f"{table.lr.max():g}",
         ranks=display.table(rows[list(ranks)].rename(columns=ranks), digits=2),
         means=display.table(rows[["margin", *means]].rename(columns=means)),
         calibration=preflight_worth.calibration(table).replace("y*", r"y\*"),

@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from lddyn.theory.logprobs import TokenStats
 from lddyn.workshop.forecast import Direction, Forecast, How, Pairs, direction, forecast, parts, stats, sums
 
 KINDS = ("chosen", "rejected", "top", "unpushed")  # what is forecast; top: y* along chosen
+ROWS = 5000  # of the data, at most, that are looked at
 FEWEST = 5  # pairs; the bag of words needs as many
 
 
@@ -102,7 +103,7 @@ def preflight(s: Preflight) -> dict[str, Any]:
     ]
     choices = [means("as asked", expected, n), *otherwise(lm, tokenizer, there, part, towards, s)]
     return {
-        "settings": {name: getattr(s, name) for name in s.__dataclass_fields__},
+        "settings": asdict(s),
         "cautions": cautions,
         "data": of_data(pushed, uncut, s),
         "model": of_model(lm, tokenizer, there, s),
@@ -115,11 +116,11 @@ def preflight(s: Preflight) -> dict[str, Any]:
 
 
 def read(s: Preflight) -> tuple[list[responses.Example], list[responses.Example], list[str]]:
-    """Rows to train on and of the test split, without the bad ones; and what was wrong with these."""
+    """The first rows to train on and of the test split, without the bad ones; and what was wrong with these."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", Caution)
         try:
-            pushed = preferences.load(s.data, "train", skip_bad_rows="rows")
+            pushed = preferences.load(s.data, "train", ROWS, skip_bad_rows="rows")
         except InputError as error:
             raise InputError("; ".join([str(error), *(str(w.message) for w in said)])) from error
         try:
@@ -246,7 +247,7 @@ def otherwise(
     if s.sft_first:
         tuned = after_sft(model, tokenizer, there, s)
         expected = forecast(tuned, pairs, unpushed, s.margin, how)
-        found.append(means(f"after {s.sft_first} epochs of SFT on both answers", expected, n))
+        found.append(means(f"after SFT on both answers ({s.sft_first} epochs)", expected, n))
     return found
 
 

@@ -98,8 +98,8 @@ def worst(found: dict[str, Any]) -> list[dict[str, Any]]:
 def data(found: dict[str, Any]) -> list[str]:
     of = found["data"]
     told = [
-        f"{of['pairs']} pairs to train on: {of['duplicates']} duplicates, {of['repeated_prompts']} with a prompt that "
-        f"came before, {of['equal_within_limit']} equal within the limit.",
+        f"{of['pairs']} pairs were looked at: {of['duplicates']} duplicates, {of['repeated_prompts']} with a prompt "
+        f"that came before, {of['equal_within_limit']} equal within the limit.",
         "Tokens, median and most: "
         + ", ".join(f"{name} {of['median_tokens'][name]:.0f} and {of['most_tokens'][name]}" for name in of["cut"])
         + "; cut by the limits: "

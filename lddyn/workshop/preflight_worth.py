@@ -183,6 +183,7 @@ def measured(run: store.Run) -> dict[str, Any]:
         "pairs": p["pairs"],
         "start": f"{p['sft_epochs']} epochs of SFT" if p["sft_epochs"] else "base",
         "seed": p["seed"],
+        "lr": p["lr"],
         "trained": len(chosen),
         "orders": len(orders),
         "between_orders": float(np.mean(one_by_one)),

@@ -96,6 +96,12 @@ def test_what_is_wrong_with_the_data_is_counted_and_the_rest_is_used(tmp_path):
     assert "chosen and rejected are equal" in " ".join(found["cautions"]), "bad rows are left out and named"
 
 
+def test_a_text_that_the_model_has_no_room_for_is_said(tmp_path):
+    words = {"prompt": "How?", "chosen": "very " * 2000, "rejected": "so " * 2000, "split": "train"}
+    with pytest.raises(InputError, match="lower max_prompt or max_response"):
+        preflight.preflight(preflight.Preflight(rows(tmp_path / "a", 5, words), size="tiny", max_response=5000))
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     hostile = {"prompt": "<script>alert(1)</script>", "chosen": "No & no.", "rejected": "<b>Yes.", "split": "train"}
@@ -113,7 +119,7 @@ def test_the_page_is_escaped_and_loads_nothing(found, tmp_path):
 
 def test_every_choice_has_a_forecast_at_its_margin(found):
     by_name = {choice["choice"]: choice for choice in found["choices"]}
-    assert next(iter(by_name)) == "as asked" and "after 1 epochs of SFT on both answers" in by_name
+    assert next(iter(by_name)) == "as asked" and "after SFT on both answers (1 epochs)" in by_name
     assert by_name["half the dose"]["margin"] == pytest.approx(2.0, rel=0.02)
     assert by_name["without 3 pairs"]["pairs"] == 4, "of seven pairs to train on, at most half are left out"
 
@@ -166,7 +172,7 @@ def test_a_forecast_that_ranks_the_pairs_gets_one_and_its_means_are_kept(tmp_pat
         for kind, metrics in (("rejected", 2), ("top", 2)):
             table += [(0, 0, name, kind, metric, -6.0) for metric in ("change", "forecast")[:metrics]]
     table += [(0, 0, "t", "unpushed", metric, -1.0) for metric in ("change", "forecast")]
-    manifest = {"parameters": {"pairs": "style", "sft_epochs": 2, "seed": 400}}
+    manifest = {"parameters": {"pairs": "style", "sft_epochs": 2, "seed": 400, "lr": 4e-4}}
     row = preflight_worth.measured(store.Run(tmp_path, store.long(table), manifest))
     assert row["forecast"] == row["between_orders"] == 1 and row["ches"] == -1
     assert row["margin"] == 8 and row["chosen_change"] == 2 and row["chosen_forecast"] == 5
