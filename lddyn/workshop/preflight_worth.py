@@ -25,6 +25,7 @@ from lddyn.engine.probe_set import ProbeSet
 from lddyn.engine.settings import derive, lengths
 from lddyn.engine.training import Training, dpo_rows, train
 from lddyn.theory import influences, kernels
+from lddyn.theory.first_order import Text
 from lddyn.workshop import forecast
 from lddyn.workshop.forecast import How, Pairs
 
@@ -117,7 +118,7 @@ def compare(work: Path, s: Worth) -> pd.DataFrame:
     )
 
 
-def _logps(model: Any, pairs: Pairs, unpushed: Sequence[forecast.Text]) -> dict[str, torch.Tensor]:
+def _logps(model: Any, pairs: Pairs, unpushed: Sequence[Text]) -> dict[str, torch.Tensor]:
     chosen = forecast.stats(model, pairs.chosen)
     return {
         "chosen": forecast.sums(chosen),
@@ -249,5 +250,5 @@ def calibration(table: pd.DataFrame) -> str:
     alone = (table.chosen_slope - table.chosen_change).abs().median()
     return (
         f"The mean is missed, in nats, {'; '.join(told)}. The first order alone misses that of chosen answers by "
-        f"{alone:.1f} in the median."
+        f"{alone:.1f} in the median. Chosen answers fell on {int((table.chosen_change < 0).sum())} of these settings."
     )
