@@ -210,6 +210,7 @@ def test_the_record_says_how_far_the_means_were_off():
     )
     assert "chosen answers by 0.5 (at most 0.5), with the right sign on 2 of 2" in told
     assert "y* by 1.8 (at most 3.0), with the right sign on 1 of 2" in told
+    assert "fell on 2 of these settings" in told
     assert "first order alone misses that of chosen answers by 7.0" in told
 
 
