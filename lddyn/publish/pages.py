@@ -320,14 +320,14 @@ def write_preflight() -> None:
         {"change": "measured", "forecast": "forecast"},
     )
     means = {f"{kind}_{one}": f"{name}, {word}" for kind, name in kinds.items() for one, word in of.items()}
-    rows = table.assign(setting=table.pairs + ", " + table.start).set_index(["setting", "seed"])
+    rows = table.assign(setting=table.pairs + ", " + table.start).set_index(["setting", "lr", "seed"])
     _write(
         "preflight.md",
         verdict=preflight_worth.verdict(table),
         settings=len(table),
         pairs=table.trained.max(),
         orders=table.orders.max(),
-        lr=f"{table.lr.max():g}",
+        lr=" and ".join(f"{rate:g}" for rate in sorted(table.lr.unique())),
         ranks=display.table(rows[list(ranks)].rename(columns=ranks), digits=2),
         means=display.table(rows[["margin", *means]].rename(columns=means)),
         calibration=preflight_worth.calibration(table).replace("y*", r"y\*"),

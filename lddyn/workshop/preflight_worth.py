@@ -156,6 +156,7 @@ def record(given: Mapping[str, Any] | None = None, seeds: Sequence[int] = SEEDS)
     chapter = dpo.settings("laptop", given or {})
     stages = recipe.stage_grid(chapter, [chapter.sft_short], seeds)
     once = {"n_train": chapter.few, "lr": chapter.few_lr / 4, "epochs": 1.0, "orders": ORDERS} | dict(given or {})
+    doses = (once["lr"], 4 * once["lr"])  # both are rates of chapter 5; at the larger one chosen answers fall there
 
     def grid(stage: store.Run) -> list[Worth]:
         start = {
@@ -165,7 +166,7 @@ def record(given: Mapping[str, Any] | None = None, seeds: Sequence[int] = SEEDS)
         }
         base = derive(Worth, chapter, **start, stage="", sft_epochs=0, **once)
         tuned = replace(base, stage=str(stage.folder), sft_epochs=chapter.sft_short)
-        return [replace(how, pairs=kind) for how in (base, tuned) for kind in PAIRS]
+        return [replace(how, pairs=kind, lr=lr) for lr in doses for how in (base, tuned) for kind in PAIRS]
 
     runs = pool.run_then(recipe.stages, stages, compare, grid, recipe.files(chapter), workers=1)
     rows = [measured(run) for run in runs]
@@ -232,7 +233,7 @@ def verdict(table: pd.DataFrame) -> str:
     ]
     lost = rivals[rivals.max(axis=1) >= table.forecast].idxmax(axis=1)
     told += [
-        f"On {table.pairs[i]} pairs from {table.start[i]}, {RIVALS[name]} ranks them better."
+        f"On {table.pairs[i]} pairs from {table.start[i]} at {table.lr[i]:g}, {RIVALS[name]} ranks them better."
         for i, name in lost.items()
     ]
     best = rivals.median().idxmax()

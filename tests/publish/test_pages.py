@@ -32,6 +32,7 @@ def test_every_template_becomes_a_page_without_gaps(generated, tmp_path, monkeyp
     pages.write_citation()
     pages.write_across(shown)
     pages.write_scorecard(claims.verdicts({}))
+    assert not pages.write_found(claims.verdicts({}))
     pages.write_status()
     pages.write_data_card()
     pages.write_model_card()
