@@ -181,13 +181,16 @@ def test_a_forecast_that_ranks_the_pairs_gets_one_and_its_means_are_kept(tmp_pat
 
 def recorded(**values: float) -> pd.DataFrame:
     row = dict.fromkeys(preflight_worth.RIVALS, 0.2) | {"forecast": 0.8, "pairs": "style", "start": "base"}
-    row |= {"attainable": 0.9}
+    row |= {"attainable": 0.9, "lr": 4e-4}
     return pd.DataFrame([row, row | values])
 
 
 def test_the_record_says_where_a_rival_is_better():
     told = preflight_worth.verdict(recorded(forecast=0.4, overlap=0.5))
-    assert "at least 0.7 on 1 of 2 settings" in told and "On style pairs from base, overlap ranks them better" in told
+    assert (
+        "at least 0.7 on 1 of 2 settings" in told
+        and "On style pairs from base at 0.0004, overlap ranks them better" in told
+    )
     assert "CHES on 2" in told and "overlap on 1" in told
     assert "ranks them better" not in preflight_worth.verdict(recorded())
 
