@@ -1,9 +1,9 @@
 """How fast the probing engine and first-order predictions are, beside other ways to the same numbers, in one run.
 
 The ways (`WAYS` to measure twelve responses to each prompt, `PREDICTIONS` to predict what one step does to many
-responses) take turns on the same random model and tokens. Seconds are CPU seconds of one thread by default, which
-other work on the machine disturbs least; ratios and shares are medians over the repeats; memory is what a fresh process
-gains.
+responses, those of `compare_influences` for a step on each of many pairs) take turns on the same random model and
+tokens. Seconds are CPU seconds of one thread by default, which other work on the machine disturbs least; ratios and
+shares are medians over the repeats; memory is what a fresh process gains.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jacrev, vmap
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lddyn import InputError
 from lddyn.__main__ import positive
@@ -25,8 +25,9 @@ from lddyn.data.responses import RESPONSE_TYPES
 from lddyn.engine import cache, probes, reach, store
 from lddyn.engine.probe_set import Encoded
 from lddyn.publish import pages
-from lddyn.theory import first_order, influence, kernels
+from lddyn.theory import first_order, influence, kernels, losses
 from lddyn.theory.first_order import Text
+from lddyn.theory.influences import influences
 from lddyn.theory.logprobs import log1mexp
 
 SHAPES = {  # width, layers, heads, vocabulary, prompts to measure
@@ -34,6 +35,8 @@ SHAPES = {  # width, layers, heads, vocabulary, prompts to measure
     "Pythia-70M": (512, 6, 8, 50304, 6),
 }
 FIRST_ORDER = {"0.4M": (96, 3, 4, 256, 0), "6M": (256, 6, 4, 2048, 0)}  # the first is as small as explicit kernels need
+
+INFLUENCES = ((8, 16), (16, 48), (32, 96))  # pairs, observed responses
 
 
 def random_model(shape: str, device: str = "cpu") -> GPTNeoXForCausalLM:
@@ -183,6 +186,63 @@ def by_kernel(model, update: Text, texts: list[Text]) -> Tensor:
 
 PREDICTIONS = {"one jvp": by_one_jvp, "loop of gradients": by_loop, "vmap of gradients": by_vmap}
 PREDICTIONS["explicit kernel"] = by_kernel
+
+
+# --- what a step on each of many pairs does to many responses ----------------------------------------------
+
+
+def tenth_of_smollm2(device: str) -> LlamaForCausalLM:
+    """Three of the thirty layers of SmolLM2-135M with random weights, and a tenth of its vocabulary."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=3,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=4915,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval().to(device)
+
+
+def compare_influences(pairs: int, count: int, repeats: int, device: str) -> list[dict]:
+    """Three ways to the influence of DPO pairs on responses, of 32 tokens after 32 of prompt, in turn.
+
+    A product for each pair and response is timed on one pair and four responses, one for each pair and all responses on
+    one pair, and both multiplied. One row each: seconds, ratio to `influences`, and the largest difference from it on
+    what was timed, as a share of the largest change.
+    """
+    model, dpo = tenth_of_smollm2(device), losses.dpo_loss
+    texts = random_texts(model.config.vocab_size, 2 * pairs + count - 1, 32)
+    chosen, others, observed = texts[:pairs], texts[pairs : 2 * pairs], texts[2 * pairs :]
+    rejected = [(prompt, response) for (prompt, _), (_, response) in zip(chosen, others, strict=True)]
+    singly, at_once = "a product for each pair and response", "a product for each pair"
+    spent, off = {singly: [], at_once: [], "influences": []}, {"influences": 0.0}
+    influences(model, observed[:1], chosen[:1], rejected[:1], dpo)
+    for _ in range(repeats):
+        time_, found = seconds(lambda: influences(model, observed, chosen, rejected, dpo), device)
+        spent["influences"].append(time_)
+        gradient, update = seconds(lambda: first_order.step(model, 1.0, chosen[:1], rejected[:1], loss=dpo), device)
+        for way, parts in ((singly, [[text] for text in observed[:4]]), (at_once, [observed])):
+            time_, changes = seconds(
+                lambda u=update, parts=parts: [first_order.predicted_change(model, u, part).sums for part in parts],
+                device,
+            )
+            change = torch.cat(changes)
+            spent[way].append(pairs * (gradient + time_ * count / len(change)))
+            off[way] = ((change - found[0, : len(change)]).abs().max() / change.abs().max()).item()
+    return [
+        {
+            "pairs": pairs,
+            "observations": count,
+            "way": way,
+            "seconds": statistics.median(times),
+            "ratio": statistics.median(a / b for a, b in zip(times, spent["influences"], strict=True)),
+            "difference": off[way],
+        }
+        for way, times in spent.items()
+    ]
 
 
 # --- clocks and counters -----------------------------------------------------------------------------------
@@ -366,6 +426,7 @@ def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | N
         for case in prediction_cases()
         for row in compare_predictions(*case, repeats, device)
     ]
+    measured["influences"] = [row for case in INFLUENCES for row in compare_influences(*case, repeats, device)]
     store.write_json(out, measured)
     return measured
 

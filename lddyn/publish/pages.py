@@ -388,6 +388,14 @@ def in_words(measured: dict, whose: str) -> dict[str, str]:
             ("memory_mb", "memory, MiB", "d"),
             ("difference", "largest difference, of the largest change", ".0e"),
         ),
+        "influences": (
+            ("pairs", "pairs", "d"),
+            ("observations", "responses", "d"),
+            ("way", "way", ""),
+            ("seconds", unit, ".1f"),
+            ("ratio", "times influences", ".1f"),
+            ("difference", "largest difference, of the largest change", ".0e"),
+        ),
     }
     found = {
         name: claims.markdown_table(

@@ -67,13 +67,13 @@ def taken_apart(
     whole: Sequence[Parameter],
     texts: int,
     outputs: Sequence[Tensor],
-    errors: Sequence[Tensor | None],
+    errors: Sequence[Tensor],
     *entry: Tensor,
 ) -> tuple[list[Factors], Sequence[Tensor]]:
     """The gradient of sum(outputs * errors) for each text, a row of a batch; and with respect to `entry`, for all.
 
     That of a linear layer or an embedding is given as factors; other modules are differentiated on each row alone. For
-    `whole` parameters the batch must be of one text. None for an error stands for 1. Empties `calls`. Raises
+    `whole` parameters the batch must be of one text. Empties `calls`. Raises
     `ValueError` where a module is not called with a row for each text.
     """
     known = calls.copy()

@@ -87,15 +87,16 @@ def products(model: Model, texts: Sequence[Text], others: Sequence[Text], memory
     logps = torch.zeros(len(every), dtype=torch.float64)
     with differentiable(model), torch.enable_grad(), watched(model) as calls:
         parts, size = _parts(model, every[0], calls)
+        room = 0.3 * memory  # for factors, beside states
         if size * sum(len(prompt) + len(response) for prompt, response in every) < 0.5 * memory:
-            parts = parts._replace(layers=[])
+            parts, room = parts._replace(layers=[]), memory
         (longest,) = _started(parts, {0: max(every, key=lambda text: len(text[0]) + len(text[1]))})
         held = max(1, sum(h.nbytes for h in longest.states))
         for rows, columns in _blocks(sorted({*a}), sorted({*b}), int(0.55 * memory) // held):
             needed = sorted({*rows, *columns})
             walks = _started(parts, {i: every[i] for i in needed})
             for piece in _pieces(parts):
-                _add_products(total, piece, walks, rows, columns, memory - held * len(needed))
+                _add_products(total, piece, walks, rows, columns, room)
                 for walk in walks:
                     _advance(walk)
             for walk in walks:
@@ -138,8 +139,8 @@ class Walk:
     logps: Tensor  # (texts,)
     states: list[Tensor] = field(default_factory=list)  # hidden states before each layer left, and after the last
     given: list[tuple[Any, Any]] = field(default_factory=list)  # what else these layers are called with
-    error: Tensor | None = None  # gradient of log pi with respect to the hidden states after the next layer
-    before: Tensor | None = None  # and before it
+    error: Any = None  # gradient of log pi with respect to the hidden states after the next layer
+    before: Any = None  # and before it
 
 
 Piece = Callable[[Walk], list[Factors]]  # what one part of a model adds to the gradients of a walk's texts
@@ -153,7 +154,8 @@ def _parts(model: Model, text: Text, calls: Calls) -> tuple[Parts, float]:
     few = {0: (text[0][-2:], text[1][:2]), 1: (text[0][-4:], text[1][:4])}
     wanted = [model.get_parameter(name) for name in trainable(model)]
     (batch,) = batches(model, [few[0]], None)
-    exact = torch.autograd.grad(_logps(model, batch).sum(), wanted, allow_unused=True)
+    z, g, _ = _logits(model, batch)
+    exact = torch.autograd.grad(z, wanted, g, allow_unused=True)
     noise: float = 1e-6 * max(g.norm().item() for g in exact if g is not None)
 
     def differs(p: Parameter, g: Tensor | None, found: Factors) -> bool:
@@ -185,14 +187,24 @@ def _parts(model: Model, text: Text, calls: Calls) -> tuple[Parts, float]:
     return parts, size
 
 
-def _logps(model: Model, batch: Batch) -> Tensor:
-    """Summed log pi of the responses of a batch, (texts,)."""
+def _logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of a batch, the gradient of log pi with respect to them, and log pi of its responses, (texts,).
+
+    The gradient is e_y - pi where a response token is predicted, and zero elsewhere. Both are (texts, kept, V).
+    """
     named = {"input_ids": batch.ids, "attention_mask": batch.mask, "logits_to_keep": batch.kept, "use_cache": False}
     if "position_ids" in inspect.signature(model.forward).parameters:  # otherwise the batch may share what they mean
         named["position_ids"] = torch.arange(batch.ids.shape[1], device=batch.ids.device).expand_as(batch.ids)
-    z = model(**named).logits[batch.at]  # (response tokens, V)
-    tokens = z.gather(1, batch.targets.unsqueeze(1)).squeeze(1) - z.logsumexp(1)
-    return torch.stack([part.sum() for part in tokens.split(batch.lengths)])
+    z: Tensor = model(**named).logits
+    with torch.no_grad():
+        g = z.log_softmax(-1, dtype=torch.promote_types(z.dtype, torch.float32))
+        logps = torch.stack([part.sum() for part in g[(*batch.at, batch.targets)].split(batch.lengths)])
+        g.exp_().neg_()
+        g[(*batch.at, batch.targets)] += 1
+        predicts = torch.zeros(*z.shape[:2], 1, dtype=z.dtype, device=z.device)
+        predicts[batch.at] = 1
+        g.mul_(predicts)
+    return z, g.to(z.dtype), logps
 
 
 def _started(parts: Parts, texts: dict[int, Text]) -> list[Walk]:
@@ -203,10 +215,9 @@ def _started(parts: Parts, texts: dict[int, Text]) -> list[Walk]:
         walk = Walk([names[i] for i in batch.numbers], batch, torch.zeros(len(batch.numbers)))
         if parts.layers:
             with _followed(parts.layers, walk), torch.no_grad():
-                logps = _logps(parts.model, batch)
+                z, g, walk.logps = _logits(parts.model, batch)
             parts.calls.clear()
-            walk.logps = logps.detach()
-            (walk.error,) = torch.autograd.grad(logps.sum(), walk.states[-1])
+            (walk.error,) = torch.autograd.grad(z, walk.states[-1], g)
         walks.append(walk)
     return walks
 
@@ -214,9 +225,12 @@ def _started(parts: Parts, texts: dict[int, Text]) -> list[Walk]:
 @contextmanager
 def _followed(layers: Sequence[Any], walk: Walk) -> Iterator[None]:
     """What the layers are called with is kept, and the last one's output; only what comes after it has a graph."""
+    kept: list[Tensor] = []  # one tensor for all layers: small ones would leave memory in pieces
 
     def enter(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        walk.states.append(args[0])
+        if not kept:
+            kept.append(args[0].new_empty(len(layers), *args[0].shape))
+        walk.states.append(kept[0][len(walk.states)].copy_(args[0]))
         walk.given.append((args[1:], named))
 
     def leave(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
@@ -252,11 +266,9 @@ def _pieces(parts: Parts) -> Iterator[Piece]:
 
     def of_the_rest(walk: Walk) -> list[Factors]:
         with _skipped(parts.layers, walk) as entered:
-            logps = _logps(parts.model, walk.batch)
-        walk.logps = logps.detach()
-        ends = [(logps.sum(), None), *((h, walk.error) for h in entered)]
-        outputs = [out for out, _ in ends if out.requires_grad]
-        return take(len(walk.texts), outputs, [error for out, error in ends if out.requires_grad])[0]
+            z, g, walk.logps = _logits(parts.model, walk.batch)
+        ends = [(out, error) for out, error in ((z, g), *((h, walk.error) for h in entered)) if out.requires_grad]
+        return take(len(walk.texts), [out for out, _ in ends], [error for _, error in ends])[0]
 
     yield from (partial(of_layer, layer) for layer in reversed(parts.layers))
     yield of_the_rest
@@ -286,13 +298,13 @@ def _skipped(layers: Sequence[Any], walk: Walk) -> Iterator[list[Tensor]]:
 
 
 def _add_products(
-    total: Tensor, piece: Piece, walks: list[Walk], rows: list[int], columns: list[int], memory: int
+    total: Tensor, piece: Piece, walks: list[Walk], rows: list[int], columns: list[int], memory: float
 ) -> None:
     """Add the products of one piece of the model to the `rows` and `columns` of all products."""
     largest = max(walks, key=lambda walk: walk.batch.ids.numel())
     kept = dict(zip(largest.texts, piece(largest), strict=True))
     held = _bytes(list(kept.values())) // len(kept)
-    for some, others in _blocks(rows, columns, max(2, memory // max(1, held)), 0.1):
+    for some, others in _blocks(rows, columns, max(2, int(memory / max(1, held))), 0.1):
         needed = {*some, *others}
         kept = {i: factors for i, factors in kept.items() if i in needed}
         for walk in walks:
