@@ -132,3 +132,11 @@ def test_every_colour_stands_out_from_white_paper(color):
     channels = [int(color[n : n + 2], 16) / 255 for n in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     assert 1.05 / (np.dot(linear, [0.2126, 0.7152, 0.0722]) + 0.05) >= 3  # WCAG 1.4.11
+
+
+def test_a_line_that_stands_upright_across_a_panel_is_a_mark_and_no_series():
+    fig, ax = plt.subplots()
+    ax.plot([-1, 2], [0, 1])
+    ax.axvline(0.5)
+    panel, _ = read(fig)
+    assert panel["marks"] == [0.5]
