@@ -110,6 +110,8 @@ def test_points_take_the_name_that_is_written_at_them_and_lines_at_zero_are_no_d
     ax.axhspan(-1, 0)
     ax.axhline(0.25, label="the bar")
     ax.scatter([], [])
+    ax.plot([], [], label="nothing")
+    ax.plot([0, 1], [np.nan, np.nan], label="not measured")
     found = [(one["name"], one["x"], one["y"]) for one in style.panels(fig)[0]["series"]]
     assert sorted(found) == [("DPO", [1], [-1]), ("IPO", [2], [-2]), ("the bar", [None], [0.25])]
 
