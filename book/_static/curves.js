@@ -17,7 +17,11 @@
     return `<polygon points="${MARKS[shape].map(([u, v]) => `${(x + size * u).toFixed(1)},${(y + size * v).toFixed(1)}`).join(" ")}"/>`;
   };
   const escaped = (text) => String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" }[c]));
-  const number = (v) => (Math.abs(v) >= 1000 ? Math.round(v) : Number(v.toPrecision(3))).toString().replace("-", "−");
+  const number = (v) => String(Math.abs(v) >= 1000 ? Math.round(v) : Number(v.toPrecision(4))).replace("-", "−"); // on the axes
+  const value = (panel, v) => { // with the decimals that three digits of the panel's range need
+    const digits = Math.min(6, Math.max(0, 2 - Math.floor(Math.log10(panel.range || 1))));
+    return Number(v.toFixed(digits)).toFixed(digits).replace("-", "−");
+  };
   const unique = (values) => [...new Set(values)];
   const extent = (values) => values.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]);
   const nearest = (values, v) => values.reduce((best, u, i) => (Math.abs(u - v) < Math.abs(values[best] - v) ? i : best), 0);
@@ -64,6 +68,10 @@
         input.disabled = !there.some((v) => v.unit === input.value);
         input.checked = input.value === view.unit;
       }
+      for (const panel of view.panels) {
+        const [low, high] = extent(panel.series.flatMap((one) => one.y));
+        panel.range = high - low;
+      }
       const series = new Map(view.panels.flatMap((panel) => panel.series.map((one) => [one.name, one])));
       for (const name of alone) if (!series.has(name)) alone.delete(name);
       legend.innerHTML = [...series.values()].map((one) =>
@@ -79,7 +87,7 @@
       table.innerHTML = `<caption>${escaped([view.model, view.panels[0].y].filter(Boolean).join(": "))}</caption>
         <thead><tr>${["panel", "curve", "start", "end", "lowest", "highest"].map((h) => `<th scope="col">${h}</th>`).join("")}</tr></thead>
         <tbody>${view.panels.flatMap((panel) => panel.series.map((one) => `<tr><td>${escaped(panel.title)}</td><th scope="row">${escaped(one.name)}</th>${
-          [one.y[0], one.y.at(-1), ...extent(one.y)].map((v) => `<td>${number(v)}</td>`).join("")}</tr>`)).join("")}</tbody>`;
+          [one.y[0], one.y.at(-1), ...extent(one.y)].map((v) => `<td>${value(panel, v)}</td>`).join("")}</tr>`)).join("")}</tbody>`;
       draw();
     }
 
@@ -99,6 +107,7 @@
         const grids = ticks(y0, y1, 5).map((t) => `<line class="${t ? "grid" : "zero"}" x1="${left}" x2="${right}" y1="${y(t)}" y2="${y(t)}"/>
           <text x="${left - 6}" y="${y(t) + 4}" text-anchor="end">${number(t)}</text>`);
         const along = ticks(x0, x1, Math.min(6, width / 60)).map((t) => `<text x="${x(t)}" y="${bottom + 15}" text-anchor="middle">${number(t)}</text>`);
+        const marks = panel.marks.map((u) => `<line class="mark-line" x1="${x(u)}" x2="${x(u)}" y1="${top}" y2="${bottom}"/>`);
         const curves = panel.series.map((one) => {
           const steps = one.x.map((u, i) => i), every = Math.ceil(one.x.length / 8);
           const band = one.low && one.x.length > 1 ? `<path class="band" d="M${steps.map((i) => at(one.x[i], one.low[i])).join("L")}L${
@@ -107,7 +116,7 @@
             <path class="line" stroke-dasharray="${DASHES[one.dash]}" d="M${one.x.map((u, i) => at(u, one.y[i])).join("L")}"/>
             <g class="mark">${one.x.map((u, i) => (i % every ? "" : mark(one.mark, x(u), y(one.y[i]), 2.8))).join("")}</g></g>`;
         });
-        plot.innerHTML = `<svg width="${width}" height="${height}" viewBox="0 0 ${width} ${height}" aria-hidden="true">${grids.join("")}${along.join("")}
+        plot.innerHTML = `<svg width="${width}" height="${height}" viewBox="0 0 ${width} ${height}" aria-hidden="true">${grids.join("")}${along.join("")}${marks.join("")}
           <text x="${(left + right) / 2}" y="${height - 4}" text-anchor="middle">${escaped(panel.x)}</text>${curves.join("")}<g class="here"></g></svg>`;
       });
       fade();
@@ -119,14 +128,14 @@
     }
 
     // --- what stands under the pointer, or where the arrow keys have gone ---
-    const range = (one, i) => (one.low && one.low[i] !== one.high[i] ? `${number(one.low[i])} to ${number(one.high[i])}` : "");
-    const where = (panel, u) => `${panel.x} ${number(u)}${panel.steps ? `, step ${Math.round(u * panel.steps)}` : ""}`;
+    const range = (panel, one, i) => (one.low && one.low[i] !== one.high[i] ? `${value(panel, one.low[i])} to ${value(panel, one.high[i])}` : "");
+    const where = (panel, u) => `${panel.x.split(";")[0]} ${number(u)}${panel.steps ? `, step ${Math.round(u * panel.steps)}` : ""}`;
 
     function tell(plot, panel, series, i) {
       const one = panel.series[series], u = one.x[i], { x, y, top, bottom } = scales.get(plot), tip = plot.nextElementSibling;
       const rows = panel.series.filter(seen).map((other) => {
         const j = nearest(other.x, u);
-        return `<tr${other === one ? ' class="this"' : ""} style="--c:${other.color}"><th>${escaped(other.name)}</th><td>${number(other.y[j])}</td><td>${range(other, j)}</td></tr>`;
+        return `<tr${other === one ? ' class="this"' : ""} style="--c:${other.color}"><th>${escaped(other.name)}</th><td>${value(panel, other.y[j])}</td><td>${range(panel, other, j)}</td></tr>`;
       });
       const seeds = panel.seeds > 1 ? `range of ${panel.seeds} seeds` : "one run";
       tip.innerHTML = `<p>${escaped(where(panel, u))}</p><table>${rows.join("")}</table><p>${seeds}</p>`;
@@ -136,7 +145,7 @@
       plot.querySelector("g.here").innerHTML = `<line x1="${x(u)}" x2="${x(u)}" y1="${top}" y2="${bottom}"/><circle cx="${x(u)}" cy="${y(one.y[i])}" r="5" style="--c:${one.color}"/>`;
       plot.setAttribute("aria-valuemax", one.x.length - 1);
       plot.setAttribute("aria-valuenow", i);
-      plot.setAttribute("aria-valuetext", `${one.name}, ${where(panel, u)}: ${number(one.y[i])}${range(one, i) && `, ${seeds} ${range(one, i)}`}`);
+      plot.setAttribute("aria-valuetext", `${one.name}, ${where(panel, u)}: ${value(panel, one.y[i])}${range(panel, one, i) && `, ${seeds} ${range(panel, one, i)}`}`);
     }
 
     function quiet(plot) {
@@ -147,7 +156,7 @@
     function listen(plot, panel) {
       let series = 0, i = 0;
       plot.setAttribute("aria-valuemax", panel.series[0].x.length - 1);
-      plot.setAttribute("aria-valuetext", `${panel.series[0].name}: ${number(panel.series[0].y[0])}`);
+      plot.setAttribute("aria-valuetext", `${panel.series[0].name}: ${value(panel, panel.series[0].y[0])}`);
       const point = (event) => {
         const box = plot.getBoundingClientRect(), { x, y } = scales.get(plot);
         const candidates = panel.series.map((one, n) => ({ n, one, at: nearest(one.x.map(x), event.clientX - box.left) })).filter(({ one }) => seen(one));

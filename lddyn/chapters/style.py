@@ -170,13 +170,14 @@ SIGNS = {r"\Delta": "Δ", r"\eta": "η", r"\pi": "π", r"\|": "‖", r"\mathcal"
 
 
 def panels(fig: Figure) -> list[dict[str, Any]]:
-    """What a figure draws, one entry a panel: `title, x, y, scales, row, column, series`, as JSON takes it.
+    """What a figure draws, one entry a panel: `title, x, y, scales, row, column, marks, series`, as JSON takes it.
 
-    `x` and `y` are the labels of the axes. Each of `series` has `name`, `kind` (line, points, bars or cells), numbers
-    or words `x`, numbers `y`, `low` and `high` (None without a band or whiskers), and `color, dash, mark`. A panel is
-    named by its label or title; a series by its label, also by one with a leading underscore, which no legend shows;
-    a point without one by what is written at it. Where words or whiskers stand along the y axis, the panel is turned,
-    so that `y` is the value. Lines across the panel, such as the one at zero, count if they have a label.
+    `x` and `y` are the labels of the axes, `marks` where lines stand upright across the panel. Each of `series` has
+    `name`, `kind` (line, points, bars or cells), numbers or words `x`, numbers `y`, `low` and `high` (None without a
+    band or whiskers), and `color, dash, mark`. A panel is named by its label or title; a series by its label, also by
+    one with a leading underscore, which no legend shows; a point without one by what is written at it. Where words or
+    whiskers stand along the y axis, the panel is turned, so that `y` is the value. Level lines across the panel, such
+    as the one at zero, count if they have a label; series without a finite value do not.
     """
     return [panel for ax in fig.axes if ax.get_label() != "<colorbar>" and (panel := _panel(ax))["series"]]
 
@@ -213,8 +214,10 @@ def _panel(ax: Axes) -> dict[str, Any]:
     (x, x_scale, words), (y, y_scale, _) = axes
     if cells:
         y, words = title, {}
+    upright = [line.get_xdata() for line in ax.lines if line.get_transform() == ax.get_xaxis_transform(which="grid")]
     return {"title": title, "x": x, "y": y, "scales": [x_scale, y_scale], "row": row, "column": column} | {
-        "series": [_readable(one, words) for one in series]
+        "marks": [float(ends[0]) for ends in upright],
+        "series": [found for one in series if (found := _readable(one, words))["y"]],
     }
 
 
@@ -262,7 +265,7 @@ def _series(ax: Axes) -> list[dict[str, Any]]:
     found += [_bars(held) for held in ax.containers if isinstance(held, BarContainer)]
     written = {tuple(note.xy): plain(note.get_text()) for note in ax.texts if isinstance(note, Annotation)}
     joined: dict[object, dict[str, Any]] = {}
-    for n, one in enumerate(found):
+    for n, one in enumerate(one for one in found if len(one["x"])):
         one["name"] = one["name"] or written.get((one["x"][0], one["y"][0]), "")
         scattered = one["kind"] == "points" and one["low"] is None
         first = joined.setdefault((one["name"], one["color"], one["mark"]) if scattered else n, one)

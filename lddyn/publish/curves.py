@@ -65,7 +65,7 @@ def _view(model: Model, unit: str, drawn: Panels) -> dict[str, Any]:
         column = panel["column"]
         steps = model.steps[column % len(model.steps)] if model.steps else None
         y = panel["y"].replace("(nats)", "(nats per token)") if unit == "per token" else panel["y"]
-        kept = {key: panel[key] for key in ("title", "row", "column", "series")}
+        kept = {key: panel[key] for key in ("title", "row", "column", "marks", "series")}
         seeds = model.seeds[column % len(model.seeds)]
         shown.append(kept | {"x": model.x or panel["x"], "y": y, "steps": steps, "seeds": seeds})
     return {"model": model.name, "unit": unit, "panels": shown}

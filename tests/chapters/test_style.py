@@ -110,6 +110,8 @@ def test_points_take_the_name_that_is_written_at_them_and_lines_at_zero_are_no_d
     ax.axhspan(-1, 0)
     ax.axhline(0.25, label="the bar")
     ax.scatter([], [])
+    ax.plot([], [], label="nothing")
+    ax.plot([0, 1], [np.nan, np.nan], label="not measured")
     found = [(one["name"], one["x"], one["y"]) for one in style.panels(fig)[0]["series"]]
     assert sorted(found) == [("DPO", [1], [-1]), ("IPO", [2], [-2]), ("the bar", [None], [0.25])]
 
@@ -132,3 +134,11 @@ def test_every_colour_stands_out_from_white_paper(color):
     channels = [int(color[n : n + 2], 16) / 255 for n in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     assert 1.05 / (np.dot(linear, [0.2126, 0.7152, 0.0722]) + 0.05) >= 3  # WCAG 1.4.11
+
+
+def test_a_line_that_stands_upright_across_a_panel_is_a_mark_and_no_series():
+    fig, ax = plt.subplots()
+    ax.plot([-1, 2], [0, 1])
+    ax.axvline(0.5)
+    panel, _ = read(fig)
+    assert panel["marks"] == [0.5]
