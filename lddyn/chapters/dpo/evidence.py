@@ -72,7 +72,7 @@ def vary(table: pd.DataFrame, *free: str) -> pd.DataFrame:
 
     The centre has the commonest value of each setting: the designs cross there.
     """
-    short = table[table.measure == "paths"] if "measure" in table else table
+    short = needed(table[table.measure == "paths"] if "measure" in table else table, what="short runs")
     keep = np.ones(len(short), dtype=bool)
     for name in VARIED:
         if name in short and name not in free:
