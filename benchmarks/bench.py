@@ -220,6 +220,7 @@ def compare_influences(pairs: int, count: int, repeats: int, device: str) -> lis
     singly, at_once = "a product for each pair and response", "a product for each pair"
     spent, off = {singly: [], at_once: [], "influences": []}, {"influences": 0.0}
     influences(model, observed[:1], chosen[:1], rejected[:1], dpo)
+    first_order.predicted_change(model, first_order.step(model, 1.0, chosen[:1]), observed[:1])
     for _ in range(repeats):
         time_, found = seconds(lambda: influences(model, observed, chosen, rejected, dpo), device)
         spent["influences"].append(time_)

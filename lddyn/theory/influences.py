@@ -87,7 +87,8 @@ def products(model: Model, texts: Sequence[Text], others: Sequence[Text], memory
     logps = torch.zeros(len(every), dtype=torch.float64)
     with differentiable(model), torch.enable_grad(), watched(model) as calls:
         parts, size = _parts(model, every[0], calls)
-        if size * sum(len(prompt) + len(response) for prompt, response in every) < 0.5 * memory:
+        tokens = sum(len(prompt) + len(response) for prompt, response in every)
+        if size * (tokens + _batch_tokens(model)) < 0.85 * memory:  # all factors, and what a backward pass holds
             parts = parts._replace(layers=[])
         (longest,) = _started(parts, {0: max(every, key=lambda text: len(text[0]) + len(text[1]))})
         held = max(1, sum(h.nbytes for h in longest.states))
@@ -110,6 +111,10 @@ def _blocks(a: list[int], b: list[int], fit: int) -> Iterator[tuple[list[int], l
     for i in range(0, len(a), height):
         for j in range(0, len(b), width):
             yield a[i : i + height], b[j : j + width]
+
+
+def _batch_tokens(model: Model) -> int:
+    return BATCH_TOKENS.get(model.device.type, 512)
 
 
 def _bytes(factors: list[Factors]) -> int:
@@ -208,9 +213,8 @@ def _logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 def _started(parts: Parts, texts: dict[int, Text]) -> list[Walk]:
     """Texts in batches, forward through the model and back to its last layer."""
-    names, tokens = list(texts), BATCH_TOKENS.get(parts.model.device.type, 512) if parts.together else 1
-    walks = []
-    for batch in batches(parts.model, list(texts.values()), tokens):
+    names, walks = list(texts), []
+    for batch in batches(parts.model, list(texts.values()), _batch_tokens(parts.model) if parts.together else 1):
         walk = Walk([names[i] for i in batch.numbers], batch, torch.zeros(len(batch.numbers)))
         if parts.layers:
             with _followed(parts.layers, walk), torch.no_grad():
