@@ -36,7 +36,7 @@ SHAPES = {  # width, layers, heads, vocabulary, prompts to measure
 }
 FIRST_ORDER = {"0.4M": (96, 3, 4, 256, 0), "6M": (256, 6, 4, 2048, 0)}  # the first is as small as explicit kernels need
 
-INFLUENCES = ((8, 16), (16, 48), (32, 96))  # pairs, observed responses
+INFLUENCES = ((8, 16), (16, 48), (64, 192))  # pairs, observed responses
 
 
 def random_model(shape: str, device: str = "cpu") -> GPTNeoXForCausalLM:
@@ -220,6 +220,7 @@ def compare_influences(pairs: int, count: int, repeats: int, device: str) -> lis
     singly, at_once = "a product for each pair and response", "a product for each pair"
     spent, off = {singly: [], at_once: [], "influences": []}, {"influences": 0.0}
     influences(model, observed[:1], chosen[:1], rejected[:1], dpo)
+    first_order.predicted_change(model, first_order.step(model, 1.0, chosen[:1]), observed[:1])
     for _ in range(repeats):
         time_, found = seconds(lambda: influences(model, observed, chosen, rejected, dpo), device)
         spent["influences"].append(time_)
@@ -426,7 +427,7 @@ def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | N
         for case in prediction_cases()
         for row in compare_predictions(*case, repeats, device)
     ]
-    measured["influences"] = [row for case in INFLUENCES for row in compare_influences(*case, repeats, device)]
+    measured["influences"] = [row for case in INFLUENCES for row in compare_influences(*case, 1, device)]
     store.write_json(out, measured)
     return measured
 

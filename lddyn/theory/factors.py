@@ -172,15 +172,18 @@ def _of_parameter(p: Parameter, a: Sequence[Gradient], b: Sequence[Gradient]) ->
         of_a, of_b = (torch.stack([dense(p, gradient).flatten() for gradient in side]) for side in (a, b))
         return (of_a @ of_b.T).double()
     uses = [use for gradient in (*a, *b) for use in gradient if isinstance(use, Use)]
-    places = sum(len(use.columns) for use in uses) / (len(a) + len(b))  # of a text
-    if len(a) * len(b) * places**2 * sum(p.shape) < p.numel() * (places * (len(a) + len(b)) + len(a) * len(b)):
-        return torch.stack([torch.stack([_between(one, other) for other in b]) for one in a]).double()
+    pairs, texts = len(a) * len(b), len(a) + len(b)
+    places = sum(len(use.columns) for use in uses) / texts
+    dense_places = sum(len(use.columns) for use in uses if use.rows.dim() == 2) / texts
+    by_factors = pairs * (dense_places**2 * p.shape[0] + places**2 * p.shape[1])
+    if by_factors < p.numel() * (dense_places * texts + pairs):
+        return torch.stack([torch.stack([_between(p, one, other) for other in b]) for one in a]).double()
     gradients = [[use for use in gradient if isinstance(use, Use)] for gradient in (*a, *b)]
     long, short = p.shape
     if short > long and all(use.rows.dim() == 2 for use in uses):  # transposed: the products are the same
         gradients, long, short = [[Use(v, u) for u, v, _ in gradient] for gradient in gradients], short, long
-    height = max(1, min(ROWS, AT_ONCE // (len(gradients) * short)))
-    some = uses[0].columns.new_empty(len(gradients), height, short)  # rows of all gradients
+    height = max(1, min(ROWS, AT_ONCE // (texts * short)))
+    some = uses[0].columns.new_empty(texts, height, short)  # rows of all gradients
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=p.device)
     for first in range(0, long, height):
         here = some[:, : long - first]
@@ -191,10 +194,10 @@ def _of_parameter(p: Parameter, a: Sequence[Gradient], b: Sequence[Gradient]) ->
     return total
 
 
-def _between(a: Gradient, b: Gradient) -> Tensor:
+def _between(p: Parameter, a: Gradient, b: Gradient) -> Tensor:
     """One inner product, from factors."""
     parts = [(_rows(u.rows, v.rows) * (u.columns @ v.columns.T)).sum() for u in a for v in b]
-    return torch.stack(parts).sum() if parts else torch.zeros(())
+    return torch.stack(parts).sum() if parts else torch.zeros((), device=p.device)
 
 
 def _rows(a: Tensor, b: Tensor) -> Tensor:

@@ -12,15 +12,18 @@ A text is a pair (prompt, response) of token ids; `model` is a causal LM of `tra
 functions leave the model as it was. Log-probabilities are in nats, and logits of a response are those that predict it.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache
 
 from lddyn import InputError
 from lddyn.theory import losses
@@ -29,7 +32,11 @@ Model = Any  # a causal LM of `transformers`, perhaps wrapped by PEFT
 Text = tuple[Sequence[int], Sequence[int]]  # prompt, response
 Parameters = dict[str, Tensor]  # some or all of a model's parameters, or a direction among them
 BATCH_TOKENS = {"cpu": 2048, "cuda": 2**14}
+SAVED = 128  # tokens of prompts, fewer are not worth a call of their own
 BATCH_LOGITS = 2**25  # in one piece, so that a large vocabulary means smaller batches
+
+# for each model the longest text with a shared prompt that was tried, and whether it came out right
+_tried: WeakKeyDictionary[Model, tuple[int, bool]] = WeakKeyDictionary()
 
 
 class Change(NamedTuple):
@@ -95,26 +102,62 @@ class Batch(NamedTuple):
     kept: int  # last positions whose logits are needed
     at: tuple[Tensor, Tensor]  # row and kept position that predict each response token, all texts in turn
     targets: Tensor  # (response tokens,)
+    shared: int = 0  # tokens that all texts begin with, which are computed once
 
 
-def batches(model: Model, texts: Sequence[Text], budget: int | None) -> Iterator[Batch]:
-    """Texts with prompts of similar length together, at most `budget` padded tokens at a time."""
+def batches(model: Model, texts: Sequence[Text], budget: int | None, share: bool = False) -> Iterator[Batch]:
+    """Texts with prompts of similar length together, at most `budget` padded tokens at a time.
+
+    With `share`, those with the same prompt where that saves `SAVED` tokens, if it is right for the model.
+    """
     vocabulary = model.get_output_embeddings().weight.shape[0]
     budget = min(budget or BATCH_TOKENS.get(model.device.type, 2048), max(1, BATCH_LOGITS // vocabulary))
-    for prompt, response in texts:
+    of_prompt: dict[tuple[int, ...], list[int]] = {}
+    for number, (prompt, response) in enumerate(texts):
         if not prompt or not response:
             raise InputError("a text needs at least one token of prompt and one of response")
+        of_prompt.setdefault(tuple(prompt), []).append(number)
+    alone: list[int] = []
+    for prompt, numbers in of_prompt.items():
+        if share and (len(numbers) - 1) * len(prompt) >= SAVED and _shares(model, texts, numbers):
+            for rows in _grouped(texts, numbers, budget):
+                yield _batch(model, texts, rows)._replace(shared=len(prompt))
+        else:
+            alone += numbers
+    for rows in _grouped(texts, alone, budget):
+        yield _batch(model, texts, rows)
+
+
+def _grouped(texts: Sequence[Text], numbers: Sequence[int], budget: int) -> Iterator[list[int]]:
     rows: list[int] = []
     width = 0
-    for number in sorted(range(len(texts)), key=lambda i: (len(texts[i][0]), len(texts[i][1]))):
+    for number in sorted(numbers, key=lambda i: (len(texts[i][0]), len(texts[i][1]))):
         length = sum(map(len, texts[number]))
         if rows and (len(rows) + 1) * max(width, length) > budget:
-            yield _batch(model, texts, rows)
+            yield rows
             rows, width = [], 0
         rows.append(number)
         width = max(width, length)
     if rows:
-        yield _batch(model, texts, rows)
+        yield rows
+
+
+@torch.no_grad()
+def _shares(model: Model, texts: Sequence[Text], numbers: Sequence[int]) -> bool:
+    """Whether texts that share their prompt come out as one by one, tried on the longest so far of each model."""
+    longest = max(numbers, key=lambda i: len(texts[i][1]))
+    length = sum(map(len, texts[longest]))
+    if length > _tried.get(model, (0, False))[0]:
+        batch = _batch(model, texts, [longest])
+        whole = response_logits(model, {}, batch)
+        try:
+            apart = response_logits(model, {}, batch._replace(shared=len(texts[longest][0])))
+            tolerance = 1e-4 if torch.finfo(whole.dtype).bits >= 32 else 0.05
+            right = bool((apart - whole).abs().max() <= tolerance * whole.abs().max())
+        except Exception:  # whatever a model that was not written for this raises
+            right = False
+        _tried[model] = length, right
+    return _tried[model][1]
 
 
 def _batch(model: Model, texts: Sequence[Text], rows: list[int]) -> Batch:
@@ -140,9 +183,26 @@ def _batch(model: Model, texts: Sequence[Text], rows: list[int]) -> Batch:
 
 def response_logits(model: Model, theta: Parameters, batch: Batch) -> Tensor:
     """Logits that predict the response tokens of a batch, (response tokens, V)."""
+    if batch.shared:
+        return _with_shared_prompt(model, theta, batch)[batch.at]
     inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "logits_to_keep": batch.kept}
     z: Tensor = functional_call(model, theta, (), inputs | {"use_cache": False}).logits[batch.at]
     return z
+
+
+def _with_shared_prompt(model: Model, theta: Parameters, batch: Batch) -> Tensor:
+    """Logits of the last positions, (rows, kept, V): a prompt's keys and values, and their tangents, serve all rows."""
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    named = inspect.signature(inside.forward).parameters
+    cache = DynamicCache()
+    again = {"cache" if "cache" in named else "past_key_values": cache, "use_cache": True}
+    prompt, rest = batch.ids[:1, : batch.shared], batch.ids[:, batch.shared :]
+    first = functional_call(model, theta, (), {"input_ids": prompt, "logits_to_keep": 1} | again).logits
+    cache.batch_repeat_interleave(len(rest))
+    places = torch.arange(batch.shared, batch.ids.shape[1], device=rest.device).expand_as(rest)
+    inputs = {"input_ids": rest, "attention_mask": batch.mask, "position_ids": places}
+    later = functional_call(model, theta, (), inputs | again).logits
+    return torch.cat([first.expand(len(rest), -1, -1), later], 1)
 
 
 def _of_targets(z: Tensor, targets: Tensor) -> Tensor:
@@ -177,7 +237,7 @@ def logps(
     """log pi of each response, token by token: a list of (tokens,); `theta` stands in for parameters of the model."""
     found: dict[int, Tensor] = {}
     with differentiable(model), torch.no_grad():
-        for batch in batches(model, texts, batch_tokens):
+        for batch in batches(model, texts, batch_tokens, share=True):
             of_tokens = _of_targets(response_logits(model, theta or {}, batch), batch.targets)
             found.update(zip(batch.numbers, of_tokens.split(batch.lengths), strict=True))
     return [found[number] for number in range(len(texts))]
@@ -202,8 +262,9 @@ def predicted_change(
 
     update: the parameter difference, of all parameters or of some: `step(...)` for a gradient step, `difference` of the
     parameters around a step of any optimiser. `start`: the parameters before it, where the model is elsewhere by now.
-    One Jacobian-vector product a batch; memory does not grow with the number of observations, `batch_tokens` bounds it.
-    Raises `InputError` for a parameter that the model does not have.
+    One Jacobian-vector product a batch, three times the cost of a forward pass; a prompt is computed once for several
+    responses. Memory does not grow with the number of observations, `batch_tokens` bounds it. Raises `InputError` for a
+    parameter that the model does not have.
     """
     theta = trainable(model, update)
     if start is not None:
@@ -211,7 +272,7 @@ def predicted_change(
     changes: dict[int, Tensor] = {}
     before = torch.zeros(len(observations), dtype=torch.float64)
     with differentiable(model), torch.no_grad():
-        for batch in batches(model, observations, batch_tokens):
+        for batch in batches(model, observations, batch_tokens, share=True):
 
             def of_parameters(p: Parameters, batch: Batch = batch) -> Tensor:
                 return _of_targets(response_logits(model, p, batch), batch.targets)

@@ -87,16 +87,16 @@ def products(model: Model, texts: Sequence[Text], others: Sequence[Text], memory
     logps = torch.zeros(len(every), dtype=torch.float64)
     with differentiable(model), torch.enable_grad(), watched(model) as calls:
         parts, size = _parts(model, every[0], calls)
-        room = 0.3 * memory  # for factors, beside states
-        if size * sum(len(prompt) + len(response) for prompt, response in every) < 0.5 * memory:
-            parts, room = parts._replace(layers=[]), memory
+        tokens = sum(len(prompt) + len(response) for prompt, response in every)
+        if size * (tokens + _batch_tokens(model)) < 0.85 * memory:  # all factors, and what a backward pass holds
+            parts = parts._replace(layers=[])
         (longest,) = _started(parts, {0: max(every, key=lambda text: len(text[0]) + len(text[1]))})
         held = max(1, sum(h.nbytes for h in longest.states))
         for rows, columns in _blocks(sorted({*a}), sorted({*b}), int(0.55 * memory) // held):
             needed = sorted({*rows, *columns})
             walks = _started(parts, {i: every[i] for i in needed})
             for piece in _pieces(parts):
-                _add_products(total, piece, walks, rows, columns, room)
+                _add_products(total, piece, walks, rows, columns, int(0.85 * memory) - held * len(needed))
                 for walk in walks:
                     _advance(walk)
             for walk in walks:
@@ -104,13 +104,17 @@ def products(model: Model, texts: Sequence[Text], others: Sequence[Text], memory
     return Products(total[a][:, b], logps[a], logps[b])
 
 
-def _blocks(a: list[int], b: list[int], fit: int, share: float = 0.5) -> Iterator[tuple[list[int], list[int]]]:
-    """All pairs of a and b in blocks of `fit` rows and columns together; a `share` of these are columns, or all."""
-    width = len(b) if len(a) + len(b) <= fit else max(1, int(share * fit), fit - len(a))
+def _blocks(a: list[int], b: list[int], fit: int) -> Iterator[tuple[list[int], list[int]]]:
+    """All pairs of a and b in blocks of `fit` rows and columns together, about as many of each."""
+    width = len(b) if len(a) + len(b) <= fit else max(1, fit // 2, fit - len(a))
     height = max(1, fit - width)
     for i in range(0, len(a), height):
         for j in range(0, len(b), width):
             yield a[i : i + height], b[j : j + width]
+
+
+def _batch_tokens(model: Model) -> int:
+    return BATCH_TOKENS.get(model.device.type, 512)
 
 
 def _bytes(factors: list[Factors]) -> int:
@@ -209,9 +213,8 @@ def _logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 def _started(parts: Parts, texts: dict[int, Text]) -> list[Walk]:
     """Texts in batches, forward through the model and back to its last layer."""
-    names, tokens = list(texts), BATCH_TOKENS.get(parts.model.device.type, 512) if parts.together else 1
-    walks = []
-    for batch in batches(parts.model, list(texts.values()), tokens):
+    names, walks = list(texts), []
+    for batch in batches(parts.model, list(texts.values()), _batch_tokens(parts.model) if parts.together else 1):
         walk = Walk([names[i] for i in batch.numbers], batch, torch.zeros(len(batch.numbers)))
         if parts.layers:
             with _followed(parts.layers, walk), torch.no_grad():
@@ -298,13 +301,13 @@ def _skipped(layers: Sequence[Any], walk: Walk) -> Iterator[list[Tensor]]:
 
 
 def _add_products(
-    total: Tensor, piece: Piece, walks: list[Walk], rows: list[int], columns: list[int], memory: float
+    total: Tensor, piece: Piece, walks: list[Walk], rows: list[int], columns: list[int], memory: int
 ) -> None:
     """Add the products of one piece of the model to the `rows` and `columns` of all products."""
     largest = max(walks, key=lambda walk: walk.batch.ids.numel())
     kept = dict(zip(largest.texts, piece(largest), strict=True))
     held = _bytes(list(kept.values())) // len(kept)
-    for some, others in _blocks(rows, columns, max(2, int(memory / max(1, held))), 0.1):
+    for some, others in _blocks(rows, columns, memory // max(1, held)):
         needed = {*some, *others}
         kept = {i: factors for i, factors in kept.items() if i in needed}
         for walk in walks:

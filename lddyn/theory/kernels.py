@@ -55,7 +55,7 @@ def logits(model: Model, texts: Sequence[Text], batch_tokens: int | None = None)
     """Logits of each response, a list of (tokens, V)."""
     found: dict[int, Tensor] = {}
     with differentiable(model), torch.no_grad():
-        for batch in batches(model, texts, batch_tokens):
+        for batch in batches(model, texts, batch_tokens, share=True):
             z = response_logits(model, {}, batch)
             found.update(zip(batch.numbers, z.split(batch.lengths), strict=True))
     return [found[number] for number in range(len(texts))]
@@ -86,7 +86,7 @@ def push_forward(
     theta = trainable(model, direction)
     found: dict[int, Tensor] = {}
     with differentiable(model), torch.no_grad():
-        for batch in batches(model, texts, batch_tokens):
+        for batch in batches(model, texts, batch_tokens, share=True):
             change = jvp(lambda p, batch=batch: response_logits(model, p, batch), (theta,), (direction,))[1]
             found.update(zip(batch.numbers, change.split(batch.lengths), strict=True))
     return [found[number] for number in range(len(texts))]

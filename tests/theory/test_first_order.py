@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lddyn import InputError
 from lddyn.engine import models
@@ -134,6 +135,47 @@ def test_results_do_not_depend_on_the_batches_or_the_order(lm):
     parts = [first_order.gradient(model, [text]) for text in TEXTS]
     for name, g in whole.items():
         torch.testing.assert_close(g, sum(p[name] for p in parts) / len(TEXTS))
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gpt2", "opt"])
+def test_texts_that_share_their_prompt_are_predicted_as_each_alone(lm, architecture, monkeypatch):
+    model = lm(architecture)
+    texts = [(prompt, response) for prompt, _ in TEXTS[:2] for _, response in TEXTS] + TEXTS[2:]
+    update = first_order.step(model, 1e-3, [PAIR])
+    alone = first_order.predicted_change(model, update, texts)
+    of_logits = kernels.push_forward(model, update, texts)
+    monkeypatch.setattr(first_order, "SAVED", 1)
+    shared = []
+    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", spy(DynamicCache.batch_repeat_interleave, shared))
+    together = first_order.predicted_change(model, update, texts)
+    assert len(shared) == 3  # one trial, two prompts
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(kernels.push_forward(model, update, texts), of_logits, rtol=1e-5, atol=1e-8)
+
+
+def spy(function, seen):
+    def called(*given):
+        seen.append(given)
+        return function(*given)
+
+    return called
+
+
+MISTRAL = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
+OTHERS = {
+    "bloom": {"n_layer": 2, "n_head": 2},
+    "mistral": MISTRAL | {"sliding_window": 3},
+}  # takes no positions; windows
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_texts_of_a_model_that_cannot_share_a_prompt_are_as_each_alone(architecture, monkeypatch):
+    config = AutoConfig.for_model(architecture, hidden_size=32, vocab_size=64, **OTHERS[architecture])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    alone = first_order.logps(model, TEXTS * 2)
+    monkeypatch.setattr(first_order, "SAVED", 1)
+    torch.testing.assert_close(first_order.logps(model, TEXTS * 2), alone)
 
 
 def test_kernel_between_two_tokens_equals_its_columns_one_by_one(lm):
