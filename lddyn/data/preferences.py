@@ -5,6 +5,7 @@ without a space and every response starts with exactly one, so `prompt + respons
 its first token (in the authors' data some types start with a space and some do not).
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lddyn import InputError, first_line, hub_or_cache, unknown
 from lddyn.data import responses, rows, world
 
 BUILTIN = Path(__file__).parent / "preferences.jsonl"
+PLAUSIBLE = BUILTIN.with_name("plausible.json")
 HUB = {  # data: repository, options of load_dataset, names of its splits
     "hh": ("Anthropic/hh-rlhf", {"data_dir": "helpful-base"}, {}),
     "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", {}, {"train": "train_prefs", "test": "test_prefs"}),
@@ -48,6 +50,15 @@ def inputs(data: str) -> dict[str, Path]:
     """The file that a source is read from, for `cache.run`; none for the hub."""
     path = BUILTIN if data == "builtin" else Path(data)
     return {"preferences": path} if path.is_file() else {}
+
+
+def plausible(data: str) -> dict[str, str]:
+    """Answers in the form of `chosen` that could be meant: example id -> text; of the built-in set, its first 60.
+
+    `chosen_format` keeps the form too, and leaves the subject for markets, trams and soup; these stay with the subject
+    and answer another question about it.
+    """
+    return json.loads(PLAUSIBLE.read_text()) if data == "builtin" else {}
 
 
 def _rows(data: str, split: str) -> Iterator[tuple[str, object]]:

@@ -27,6 +27,7 @@ from lddyn.workshop import estimate
 SCALES = ("smoke", "laptop", "paper")
 SHIPPED = {  # data of this package, and the definition that code which reads them reaches
     "lddyn.data.preferences.BUILTIN": preferences.BUILTIN,
+    "lddyn.data.preferences.PLAUSIBLE": preferences.PLAUSIBLE,
     "lddyn.engine.models.builtin": pretraining.SHIPPED,
 }
 
@@ -66,11 +67,9 @@ def execute(scale: str, force: bool) -> list[str]:
     now = {name: fingerprint(notebooks.notebook_path(name), scale) for name in places}
     stale = [name for name, out in places.items() if force or _metadata(out).get("fingerprint") != now[name]]
     if stale:
-        print(
-            f"lddyn: {len(stale)} of {len(places)} chapters to run at scale {scale}, {expected(stale, scale)}",
-            flush=True,
-        )
-        compute(stale, scale)
+        minutes, words = expected(stale, scale)
+        print(f"lddyn: {len(stale)} of {len(places)} chapters to run at scale {scale}, {words}", flush=True)
+        compute(stale, scale, minutes)
     for name in places.keys() - set(stale):
         print(f"lddyn: {name} is fresh")
     with pool.processes(2) as executor:  # the runs are there: these read, draw and think
@@ -79,18 +78,21 @@ def execute(scale: str, force: bool) -> list[str]:
     return failures
 
 
-def compute(names: Collection[str], scale: str) -> None:
+def compute(names: Collection[str], scale: str, minutes: float | None) -> None:
     """Compute the runs of these chapters side by side in one pool, chapters that take long first.
 
-    What fails here fails again in its notebook, which says where.
+    minutes: how long they are expected to take, for the line that is printed after each run. What fails here fails
+    again in its notebook, which says where.
     """
+    clock, of = time.perf_counter(), f" of about {minutes:.0f}" if minutes else ""
     began, seconds = store.now(), json.loads((pages.BOOK / "times.json").read_text())["seconds"].get(scale, {})
     count = itertools.count(1)
 
     def told(run: store.Run) -> None:
         number = next(count)
         if run.manifest["finished"] >= began:
-            print(f"lddyn: run {number}, {run.folder.name}: {run.manifest['seconds']:.0f} s", flush=True)
+            took, so_far = run.manifest["seconds"], (time.perf_counter() - clock) / 60
+            print(f"lddyn: run {number}, {run.folder.name}: {took:.0f} s; {so_far:.1f}{of} min", flush=True)
 
     def chapter(name: str, executor: Executor) -> None:
         run = import_module(f"lddyn.chapters.{sentences.room(name)}.run")
@@ -102,14 +104,15 @@ def compute(names: Collection[str], scale: str) -> None:
             threads.submit(chapter, name, executor)
 
 
-def expected(names: Iterable[str], scale: str) -> str:
-    """How long these chapters take here: times on another machine (`book/times.json`), scaled by both matrix rates."""
+def expected(names: Iterable[str], scale: str) -> tuple[float | None, str]:
+    """How long these chapters take here, minutes and in words: times on another machine (`book/times.json`), scaled
+    by both matrix rates."""
     recorded = json.loads((pages.BOOK / "times.json").read_text())
     if scale not in recorded["seconds"]:
-        return "which takes a GPU hours to days"
+        return None, "which takes a GPU hours to days"
     rate = estimate.measured_rate("cpu", bf16=False) / 1e9
     minutes = sum(recorded["seconds"][scale].get(name, 60) for name in names) * recorded["gflops"] / rate / 60
-    return f"about {max(minutes, 1):.0f} min here ({rate:.0f} GFLOP/s), less where runs are cached"
+    return minutes, f"about {max(minutes, 1):.0f} min here ({rate:.0f} GFLOP/s), less where runs are cached"
 
 
 def _execute(name: str, out: Path, scale: str, fingerprint: str) -> str | None:

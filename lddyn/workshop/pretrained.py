@@ -28,7 +28,7 @@ def pieces(given: Mapping[str, object]) -> dict[str, Callable[[Done], object]]:
     of_sft, of_dpo, extended, decomposed = (
         chapter.settings("pretrained", given) for chapter in (sft, dpo, extend, decomposition)
     )
-    files = recipe.files(of_sft)
+    files, of_chapter_3 = recipe.files(of_sft), sft.files(of_sft)
     whole, small = sft.grid(of_sft)[: of_sft.seeds], sft.grid(of_sft)[of_sft.seeds :]
     plain = replace(whole[0], format="plain")
     of_first = small[: len(sft.HEAT_MAP_TARGETS)]  # the heat map, on the first seed
@@ -44,14 +44,14 @@ def pieces(given: Mapping[str, object]) -> dict[str, Callable[[Done], object]]:
         return pool.run_then(first, decomposition.grid(decomposed), first, then, files, done=done)
 
     return {
-        "03_sft/main": lambda done: pool.run_all(sft.finetune, whole, files, done=done),
+        "03_sft/main": lambda done: pool.run_all(sft.finetune, whole, of_chapter_3, done=done),
         "05_dpo/after_sft": after_sft(slice(0, 1)),
         "05_dpo/from_chat": lambda done: pool.run_all(dpo.align, dpo.from_base(of_dpo), files, done=done),
         "07_extend/natural": lambda done: pool.run_all(extend.follow, extend.natural_grid(extended), files, done=done),
         "05_dpo/short": after_sft(slice(1, None)),
         "02_decomposition/main": of_chapter_2,
-        "03_sft/map": lambda done: pool.run_all(sft.finetune, of_first, files, done=done),
-        "03_sft/plain": lambda done: pool.run_all(sft.finetune, [plain], files, done=done),
+        "03_sft/map": lambda done: pool.run_all(sft.finetune, of_first, of_chapter_3, done=done),
+        "03_sft/plain": lambda done: pool.run_all(sft.finetune, [plain], of_chapter_3, done=done),
         "card": lambda _: store.write_json(recorded.CARD, card()),
     }
 

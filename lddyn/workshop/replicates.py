@@ -60,6 +60,6 @@ def _runs(scale: str, how: Mapping[str, Any]) -> dict[str, list[store.Run]]:
     stages = [replace(stage, epochs=(of_dpo.sft_epochs,)) for stage in dpo.stage_grid(of_dpo)]
     aligned = pool.run_then(recipe.stages, stages, dpo.align, lambda stage: dpo.grid(of_dpo, stage)[:1], files)
     return {
-        "03_sft": pool.run_all(sft.finetune, sft.grid(of_sft)[:1], files),
+        "03_sft": pool.run_all(sft.finetune, sft.grid(of_sft)[:1], sft.files(of_sft)),
         "05_dpo": aligned + pool.run_all(recipe.stages, dpo.sft_like_dpo(of_dpo), files),
     }

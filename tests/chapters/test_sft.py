@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,16 @@ def test_answers_to_other_training_questions_were_trained_on_and_test_answers_we
     pairs = zip(probed.responses["chosen"], probed.responses["other_train"], strict=True)
     assert all(chosen != other for chosen, other in pairs)
     assert set(probed.responses["chosen"][3:]) <= unseen
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_plausible_answers_are_measured_before_and_after_training_on_the_built_in_set_only(model_folder, data):
+    lm, tokenizer = models.load(str(model_folder("gpt2")))
+    s = sft.Finetune(**SETTINGS, model="", data="builtin")
+    rows = sft.plausible_rows(lm, tokenizer, preferences.load("builtin", "train", 5), s, step=4)
+    assert set(rows.response_type) == {"chosen_plausible"} and set(rows.step) == {4}
+    assert rows.prompt_id.nunique() == SETTINGS["n_probe"] and (rows.value[rows.metric == "logp_sum"] < 0).all()
+    assert sft.plausible_rows(lm, tokenizer, [{"id": "train-001"}], replace(s, data=data), step=0).empty
 
 
 def test_unknown_target_is_one_line(model_folder, data, tmp_path):

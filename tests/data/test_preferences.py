@@ -136,6 +136,17 @@ def test_the_authors_file_gives_all_twelve_types():
     assert 0.45 < style_accuracy([e["chosen"] for e in some], [e["rejected"] for e in some]) < 0.6
 
 
+@needs_builtin
+def test_plausible_answers_keep_the_form_of_an_answer_that_they_are_not():
+    texts, chosen = preferences.plausible("builtin"), {e["id"]: e["chosen"] for e in load("builtin", "train", 60)}
+    assert texts.keys() == chosen.keys() and preferences.plausible("mine.jsonl") == {}
+    for name, text in texts.items():
+        own, form = (set(responses.words(t)) for t in (chosen[name], text))
+        assert text.startswith(" ") and not text.startswith("  ")
+        assert 0.8 < len(text.split()) / len(chosen[name].split()) < 1.2, name
+        assert 0.15 < len(own & form) / len(own | form) < 0.65, name  # words of the frame, and others
+
+
 # --- response types ----------------------------------------------------------------------------------------
 
 

@@ -78,14 +78,17 @@ def format_like_semantic(table: pd.DataFrame) -> float:
     return float(np.corrcoef(semantic[early], form[early])[0, 1])
 
 
-def format_minus_semantic(table: pd.DataFrame) -> float:
-    """End change of the format-keeping rephrase minus that of the meaning-keeping one, nats."""
-    return change(table, "chosen_format") - change(table, "chosen_semantic")
+def format_minus_semantic(table: pd.DataFrame, kind: str = "chosen_format") -> float:
+    """End change of the format-keeping rephrase minus that of the meaning-keeping one, nats.
+
+    `kind`: `chosen_format`, or `chosen_plausible`, which keeps to the subject.
+    """
+    return change(table, kind) - change(table, "chosen_semantic")
 
 
-def format_minus_semantic_share(table: pd.DataFrame) -> float:
+def format_minus_semantic_share(table: pd.DataFrame, kind: str = "chosen_format") -> float:
     """The same as a share of what the trained answer gains."""
-    return format_minus_semantic(table) / change(table, "chosen")
+    return format_minus_semantic(table, kind) / change(table, "chosen")
 
 
 def heat_map(table: pd.DataFrame) -> pd.DataFrame:

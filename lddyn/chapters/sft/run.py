@@ -7,9 +7,10 @@ from pathlib import Path
 import pandas as pd
 
 from lddyn import unknown
-from lddyn.data import responses, reuse
-from lddyn.engine import models, pool, recipe, store
+from lddyn.data import preferences, responses, reuse
+from lddyn.engine import models, pool, probes, recipe, store
 from lddyn.engine.callback import ProbeCallback
+from lddyn.engine.probe_set import Model, ProbeSet, Tokenizer
 from lddyn.engine.settings import choose, derive, lengths
 from lddyn.engine.training import Training, log_rows, sft_rows, train
 
@@ -91,7 +92,12 @@ def grid(c: Chapter) -> list[Finetune]:
 
 def runs(c: Chapter, **how) -> list[store.Run]:
     """The runs of the chapter; how: as for `pool.run_all`."""
-    return pool.run_all(finetune, grid(c), recipe.files(c), **how)
+    return pool.run_all(finetune, grid(c), files(c), **how)
+
+
+def files(c: Chapter) -> dict[str, Path]:
+    """The files that the runs of the chapter read."""
+    return recipe.files(c) | ({"plausible": preferences.PLAUSIBLE} if c.data == "builtin" else {})
 
 
 def finetune(work: Path, s: Finetune) -> pd.DataFrame:
@@ -100,7 +106,8 @@ def finetune(work: Path, s: Finetune) -> pd.DataFrame:
     `target` is a type of response (`chosen` is the paper's SFT; the others are the columns of figure 3's heat map).
     The first `n_train` training prompts are trained on; `n_probe` of them and `n_probe_test` prompts of the test
     split are probed. With `generate`, so many prompts of each split are answered greedily before and after, and
-    the answers are compared with what was trained on (`reuse`). The finished weights stay in `model/` beside the
+    the answers are compared with what was trained on (`reuse`); answers in the form of chosen that could be meant
+    (`preferences.plausible`) are measured before and after. The finished weights stay in `model/` beside the
     table, the answers in `answers.json`. An interrupted run continues from its last checkpoint.
     """
     lm, tokenizer = models.read(s.model, device=s.device, dtype=s.dtype)
@@ -113,15 +120,30 @@ def finetune(work: Path, s: Finetune) -> pd.DataFrame:
     steps = -(-len(rows) // s.batch_size) * s.epochs
     callback = ProbeCallback(probed, at=store.dense_early(steps, s.evaluations), thresholds=None, **lengths(s))
     before = recipe.answers(lm, tokenizer, probed, s.generate, s)
+    table = [plausible_rows(lm, tokenizer, examples, s, 0)] if s.generate else []
     log = train(work, lm, tokenizer, rows, callback, derive(Training, s))
     after = recipe.answers(lm, tokenizer, probed, s.generate, s)
     models.save(lm, tokenizer, work.parent / "model")
-    table = [callback.table(), log_rows(log, s.batch_size)]
+    table += [callback.table(), log_rows(log, s.batch_size)]
     if s.generate:
+        table.append(plausible_rows(lm, tokenizer, examples, s, steps))
         written = [{"step": step, **answer} for step, part in ((0, before), (steps, after)) for answer in part]
         store.write_json(work.parent / "answers.json", written)
         table.append(reuse_rows(written, examples, test_set, s.batch_size))
     return store.compact(pd.concat(table, ignore_index=True))
+
+
+def plausible_rows(lm: Model, tokenizer: Tokenizer, examples: list, s: Finetune, step: int) -> pd.DataFrame:
+    """Log pi of `preferences.plausible` after the probed prompts, as `chosen_plausible`; empty without any."""
+    texts = preferences.plausible(s.data)
+    probed = [e for e in examples[: s.n_probe] if e["id"] in texts]
+    if not probed:
+        return store.long([])
+    prompts, ids = [e["prompt"] for e in probed], [f"train/{e['id']}" for e in probed]
+    forms = ProbeSet(prompts, {"chosen_format": [texts[e["id"]] for e in probed]}, ids)
+    found = probes.measure(lm, forms.encode(tokenizer, **lengths(s)))
+    found = found[found.metric.isin(["logp_sum", "logp_mean", "tokens"])]
+    return found.assign(response_type="chosen_plausible", step=step, examples=step * s.batch_size)[store.COLUMNS]
 
 
 def read_answers(folder: Path) -> pd.DataFrame:
