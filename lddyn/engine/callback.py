@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lddyn import Caution, InputError, first_line
@@ -63,7 +64,7 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not fol
     the long table and a manifest are written there at the end; `table()` gives the rows so far, `read` those on disk.
     Every checkpoint of the trainer carries them, so that a resumed run continues the table. Prompts and responses are
     cut and rendered as in `ProbeSet.encode`, and probed `batch_tokens` tokens at once, or as many as suit the device
-    (keys and values of large models fill a GPU).
+    (keys and values of large models fill a GPU). The processes of a distributed training share the prompts among them.
 
     Raises `InputError` before the first step when the tokenizer is missing or does not fit the probes. After that it
     never raises: it warns once, keeps what it has and lets the training go on; `stopped` says why.
@@ -231,7 +232,7 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not fol
 
     def _measure(self, args: TrainingArguments, state: TrainerState, model: Model) -> None:
         with in_full_precision(models.whole(model)) as plain:
-            part = probes.measure(plain, self.encoded, self.batch_tokens)
+            part = self._divided(plain)
             if self.generate:
                 part = pd.concat([part, self._written(plain)], ignore_index=True)
         if not np.isfinite(part.value).all():
@@ -240,6 +241,24 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not fol
         self.parts.append(part)
         if self.output_dir and state.is_world_process_zero:
             self._keep(self.output_dir, part)
+
+    def _divided(self, model: Model) -> pd.DataFrame:
+        """`probes.measure`, every process its part of the prompts; all get all rows, in the order of one process."""
+        if not torch.distributed.is_initialized():
+            return probes.measure(model, self.encoded, self.batch_tokens)
+        processes = torch.distributed.get_world_size()
+        mine = self.encoded.part(torch.distributed.get_rank(), processes)
+        parts: list[pd.DataFrame | Exception | None] = [None] * processes
+        try:
+            part = probes.measure(model, mine, self.batch_tokens) if mine.prompts else None
+        except Exception as error:  # the others wait for this process
+            part = error
+        torch.distributed.all_gather_object(parts, part)
+        for failed in (part for part in parts if isinstance(part, Exception)):
+            raise failed
+        place = {name: n for n, name in enumerate(self.encoded.prompt_ids)}
+        rows = pd.concat([part for part in parts if part is not None])
+        return rows.sort_values("prompt_id", key=lambda names: names.map(place), kind="stable", ignore_index=True)
 
     def _written(self, model: Model) -> pd.DataFrame:
         """Greedy answers to the first prompts, those that are trained on before others: `rep4`, and log pi in nats."""

@@ -98,8 +98,13 @@ class Encoded(NamedTuple):
         """The part for one prompt; raises `InputError` when there is no such prompt."""
         if prompt_id not in self.prompt_ids:
             raise unknown("prompt_id", prompt_id, self.prompt_ids)
-        i = self.prompt_ids.index(prompt_id)
-        return Encoded([prompt_id], [self.prompts[i]], {kind: [r[i]] for kind, r in self.responses.items()})
+        return self.part(self.prompt_ids.index(prompt_id), len(self.prompts))
+
+    def part(self, first: int, step: int) -> "Encoded":
+        """Every `step`-th prompt from the place `first` on, with its responses."""
+        every = slice(first, None, step)
+        responses = {kind: each[every] for kind, each in self.responses.items()}
+        return Encoded(self.prompt_ids[every], self.prompts[every], responses)
 
 
 @dataclass(frozen=True)

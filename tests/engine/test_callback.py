@@ -231,3 +231,40 @@ def test_probes_that_cannot_be_encoded_are_refused_before_the_first_step(small, 
 
 def test_a_table_is_there_before_anything_is_measured():
     assert callback().table().columns.tolist() == store.COLUMNS and isinstance(callback().table(), pd.DataFrame)
+
+
+class Processes:
+    """Two processes that measure at the same time, of which this one is the second; the first one's words are given."""
+
+    def __init__(self, monkeypatch, first):
+        self.first, self.second = first, None
+        for name, value in {"is_initialized": True, "get_rank": 1, "get_world_size": 2}.items():
+            monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+        monkeypatch.setattr(torch.distributed, "all_gather_object", self.gather)
+
+    def gather(self, parts, own):
+        self.second = own
+        parts[:] = [self.first, own]
+
+
+def test_processes_share_the_prompts_and_all_get_all_rows_in_order(small, monkeypatch):
+    model, tokenizer = small
+    probes = callback()
+    probes.encoded = probes.probe_set.encode(tokenizer)
+    whole = probes._divided(model)
+    first = whole[whole.prompt_id.isin(["00000", "00002"])]
+    two = Processes(monkeypatch, first)
+    shared = probes._divided(model)
+    assert set(two.second.prompt_id) == {"00001"}, "each measures its own prompts only"
+    names = ["prompt_id", "response_type", "metric"]
+    assert shared[names].equals(whole[names])
+    assert np.allclose(shared.value, whole.value, atol=1e-4)
+
+
+def test_what_fails_in_one_process_is_told_in_all_and_none_waits(small, monkeypatch):
+    model, tokenizer = small
+    probes = callback()
+    probes.encoded = probes.probe_set.encode(tokenizer)
+    Processes(monkeypatch, InputError("no memory over there"))
+    with pytest.raises(InputError, match="no memory over there"):
+        probes._divided(model)
