@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jacrev, vmap
+from torch.profiler import ProfilerActivity, profile
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lddyn import InputError
@@ -32,11 +33,11 @@ from lddyn.theory.logprobs import log1mexp
 
 SHAPES = {  # width, layers, heads, vocabulary, prompts to measure
     "built-in": (128, 4, 4, 2048, 48),
-    "Pythia-70M": (512, 6, 8, 50304, 6),
+    "Pythia-70M": (512, 6, 8, 50304, 3),
 }
 FIRST_ORDER = {"0.4M": (96, 3, 4, 256, 0), "6M": (256, 6, 4, 2048, 0)}  # the first is as small as explicit kernels need
 
-INFLUENCES = ((8, 16), (16, 48), (64, 192))  # pairs, observed responses
+INFLUENCES = ((8, 16), (16, 48), (32, 96))  # pairs, observed responses
 
 
 def random_model(shape: str, device: str = "cpu") -> GPTNeoXForCausalLM:
@@ -184,8 +185,47 @@ def by_kernel(model, update: Text, texts: list[Text]) -> Tensor:
     return torch.stack(changes)
 
 
-PREDICTIONS = {"one jvp": by_one_jvp, "loop of gradients": by_loop, "vmap of gradients": by_vmap}
+def by_difference(model, update: Text, texts: list[Text]) -> Tensor:
+    """What a small step really changes, over its size: two forward passes, with the rounding of both."""
+    step = first_order.step(model, 1.0, [update])
+    size = 1e-3 / first_order.norm(step)
+    moved = first_order.stepped(model, first_order.scaled(step, size))
+    before, after = (first_order.sums(first_order.logps(model, texts, theta)) for theta in (None, moved))
+    return (after - before) / size
+
+
+PREDICTIONS = {"one jvp": by_one_jvp, "finite difference": by_difference, "loop of gradients": by_loop}
+PREDICTIONS["vmap of gradients"] = by_vmap
 PREDICTIONS["explicit kernel"] = by_kernel
+
+
+def compare_sharing(repeats: int, device: str) -> list[dict]:
+    """One product for 48 responses of 45 tokens, twelve to a prompt of 64, and the same where each has its own prompt.
+
+    One row each: seconds of the product alone, ratio, and how many forward passes over the unique tokens that is.
+    """
+    model = random_model("built-in", device)
+    each = random_texts(model.config.vocab_size, 48, 64)
+    texts = {
+        "own prompt each": [(prompt, response[:45]) for prompt, response in each[1:]],
+        "twelve to a prompt": [(each[1 + n // 12][0], response[:45]) for n, (_, response) in enumerate(each[1:])],
+    }
+    step = first_order.step(model, 1.0, each[:1])
+    spent, forward = {way: [] for way in texts}, []
+    for _ in range(repeats + 1):
+        forward.append(seconds(lambda: first_order.logps(model, texts["twelve to a prompt"]), device)[0])
+        for way, observed in texts.items():
+            spent[way].append(seconds(lambda o=observed: first_order.predicted_change(model, step, o), device)[0])
+    least, unique = spent["twelve to a prompt"][1:], forward[1:]  # the first time the model is checked
+    return [
+        {
+            "way": way,
+            "seconds": statistics.median(times[1:]),
+            "ratio": statistics.median(a / b for a, b in zip(times[1:], least, strict=True)),
+            "forwards": statistics.median(a / b for a, b in zip(times[1:], unique, strict=True)),
+        }
+        for way, times in spent.items()
+    ]
 
 
 # --- what a step on each of many pairs does to many responses ----------------------------------------------
@@ -265,6 +305,15 @@ def matrix_rate(device: str) -> float:
     return 2 * 1024**3 / min(seconds(lambda: a @ a, device)[0] for _ in range(10))
 
 
+def in_products(work) -> float:
+    """Share of its time that a function spends in matrix products and attention, by PyTorch's profiler; CPU only."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        work()
+    spent = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+    products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product")
+    return sum(time_ for name, time_ in spent.items() if name.startswith(products)) / sum(spent.values())
+
+
 def unique_operations(shape: str, encoded: Encoded) -> int:
     """Operations that cannot be avoided: matrix products for each distinct position (its weights, its attention to what
     came before) and the output layer for each distinct prediction. A response's last token is only predicted."""
@@ -342,6 +391,7 @@ def compare(shape: str, repeats: int, device: str, prompts: int | None = None, *
                 "seconds": statistics.median(spent[name]),
                 "ratio": statistics.median(a / b for a, b in zip(spent[name], spent["shared prompts"], strict=True)),
                 "share": statistics.median(work / s / rate for s, rate in zip(spent[name], rates, strict=True)),
+                "products": in_products(lambda way=WAYS[name]: way(model, encoded)) if device == "cpu" else None,
                 "difference": max(abs(a[k] - b[k]) / n for a, b, n in pairs for k in (0, 1)),  # nats per token
             }
         )
@@ -385,7 +435,7 @@ def prediction_cases() -> list[tuple[str, int, list[str]]]:
 
 
 def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | None = None) -> dict:
-    """Measure everything and write it as JSON to `out` (default `runs/bench.json`); `report` makes it readable.
+    """Measure everything, a line each on stderr, and write it as JSON to `out` (default `runs/bench.json`).
 
     Raises `InputError` for a device that is not there.
     """
@@ -394,26 +444,36 @@ def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | N
     torch.set_num_threads(threads)
     out = out or store.runs_root() / "bench.json"
     out.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+
+    def told(what: str) -> None:
+        print(f"{time.perf_counter() - began:4.0f} s  {what}", file=sys.stderr, flush=True)
+
+    def alone(way: str, shape: str, count: int) -> dict:
+        found = in_fresh_process(way, shape, count, device, threads)
+        told(f"{way}, {shape}, {count}: {found['memory_mb']} MiB in a process of its own")
+        return found
+
     # Memory first: on Linux a new process starts with its parent's peak.
-    growth = [
-        {"prompts": n, **in_fresh_process("shared prompts", "built-in", n, device, threads)} for n in (48, 192, 768)
-    ]
-    memory = {
-        (shape, way): in_fresh_process(way, shape, SHAPES[shape][-1], device, threads)["memory_mb"]
-        for shape in SHAPES
-        for way in WAYS
-    }
-    predicting = {
-        (shape, count, way): in_fresh_process(way, shape, count, device, threads)["memory_mb"]
-        for shape, count, ways in prediction_cases()
-        for way in ways
-    }
-    ways = [row for shape in SHAPES for row in compare(shape, repeats, device)]
+    growth = [{"prompts": n, **alone("shared prompts", "built-in", n)} for n in (48, 192, 768)]
+    memory = {(shape, way): alone(way, shape, SHAPES[shape][-1])["memory_mb"] for shape in SHAPES for way in WAYS}
+    most = [case for case in prediction_cases() if case[1] in (1, 128)]  # explicit kernels, and most responses
+    predicting = {(s, n, way): alone(way, s, n)["memory_mb"] for s, n, ways in most for way in ways}
+
+    def each(cases, function, *options) -> list[dict]:
+        rows = []
+        for case in cases:
+            rows += function(*case, *options)
+            told(f"{function.__name__} {' '.join(map(str, case[:2]))}")
+        return rows
+
+    ways = each(zip(SHAPES), compare, repeats, device)
     ways = [row | {"memory_mb": memory[row["model"], row["way"]]} for row in ways]
     lengths = []
     for n in (32, 64, 128, 256):
         ratios = {row["way"]: row["ratio"] for row in compare("built-in", repeats, device, 6, prompt_tokens=(n, n))}
         lengths.append({"prompt_tokens": n, "authors": ratios["the authors' way"], "plain": ratios["plain batches"]})
+    told("prompt lengths")
     growth = [row | {"each": 1e3 * row["seconds"] / row["prompts"]} for row in growth]
     setting = {"device": device, "threads": threads, "repeats": repeats, "matrix_gflops": matrix_rate(device) / 1e9}
     setting |= {
@@ -423,11 +483,12 @@ def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | N
     }
     measured = {**setting, "ways": ways, "prompt_lengths": lengths, "growth": growth}
     measured["predictions"] = [
-        row | {"memory_mb": predicting[row["model"], row["observations"], row["way"]]}
-        for case in prediction_cases()
-        for row in compare_predictions(*case, repeats, device)
+        row | {"memory_mb": predicting.get((row["model"], row["observations"], row["way"]))}
+        for row in each(prediction_cases(), compare_predictions, repeats, device)
     ]
-    measured["influences"] = [row for case in INFLUENCES for row in compare_influences(*case, 1, device)]
+    measured["sharing"] = each([()], compare_sharing, repeats, device)
+    measured["influences"] = each(INFLUENCES, compare_influences, 1, device)
+    measured["took"] = time.perf_counter() - began
     store.write_json(out, measured)
     return measured
 

@@ -365,6 +365,7 @@ def in_words(measured: dict, whose: str) -> dict[str, str]:
             ("ratio", "times shared", ".2f"),
             ("memory_mb", "memory, MiB", "d"),
             ("share", "share of the matrix rate", ".0%"),
+            ("products", "of its time in matrix products and attention", ".0%"),
             ("difference", "largest difference, nats per token", ".0e"),
         ),
         "prompt_lengths": (
@@ -388,6 +389,12 @@ def in_words(measured: dict, whose: str) -> dict[str, str]:
             ("memory_mb", "memory, MiB", "d"),
             ("difference", "largest difference, of the largest change", ".0e"),
         ),
+        "sharing": (
+            ("way", "48 responses", ""),
+            ("seconds", unit, ".3f"),
+            ("ratio", "times shared", ".2f"),
+            ("forwards", "forward passes over unique tokens", ".1f"),
+        ),
         "influences": (
             ("pairs", "pairs", "d"),
             ("observations", "responses", "d"),
@@ -400,7 +407,10 @@ def in_words(measured: dict, whose: str) -> dict[str, str]:
     found = {
         name: claims.markdown_table(
             [head for _, head, _ in wanted],
-            [[format(row[key], style) for key, _, style in wanted] for row in measured[name]],
+            [
+                ["" if row[key] is None else format(row[key], style) for key, _, style in wanted]
+                for row in measured[name]
+            ],
         )
         for name, wanted in columns.items()
     }
@@ -410,4 +420,5 @@ def in_words(measured: dict, whose: str) -> dict[str, str]:
         "threads": f"{threads} thread{'s' * (threads > 1)}",
         "rate": f"{measured['matrix_gflops']:.0f}",
         "recorded": measured["recorded"][:10],
+        "took": f"{measured['took'] / 60:.1f}",
     }
