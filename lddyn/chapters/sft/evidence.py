@@ -2,8 +2,9 @@
 
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
-from lddyn.chapters.statistics import BELLS, bounded, change, curve, fall, needed, order, rise, sign_delta
+from lddyn.chapters.statistics import BELLS, NATURAL, bounded, change, curve, fall, needed, order, rise, sign_delta
 
 
 @bounded(-1, 1)
@@ -45,6 +46,16 @@ def reuse_gap(table: pd.DataFrame, split: str = "train") -> float:
     After the prompts of one `split`, trained on (`train`) or not (`test`).
     """
     return change(table, "other_train", split=split) - change(table, "other_test", split=split)
+
+
+@bounded(-1, 1)
+def split_agreement(table: pd.DataFrame) -> float:
+    """Rank correlation of the end changes of all kinds between prompts that are trained on and that are not.
+
+    Without `chosen`, which is one thing after its own prompt and another after one that was never trained on.
+    """
+    ends = [[change(table, kind, split=split) for kind in NATURAL[1:]] for split in ("train", "test")]
+    return float(spearmanr(*ends).statistic)
 
 
 @bounded(-1, 1)
