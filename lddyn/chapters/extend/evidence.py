@@ -183,10 +183,16 @@ def designs_ahead(table: pd.DataFrame) -> float:
     return float(sum(found)) if len(found) > 1 else float("nan")
 
 
-def score_change(table: pd.DataFrame, arm: str, best: bool = False) -> float:
-    """Change of the mean score of a sampled answer over DPO; with `best` to the best of its later evaluations."""
+def score_change(table: pd.DataFrame, arm: str) -> float:
+    """Change of the mean score of a sampled answer over DPO."""
     mean = needed(scores(table, arm), what=f"scores of {arm}").mean()
-    return float((mean.iloc[1:].max() if best else mean.iloc[-1]) - mean.iloc[0])
+    return float(mean.iloc[-1] - mean.iloc[0])
+
+
+def best_score(table: pd.DataFrame, arm: str) -> float:
+    """The best mean score of a sampled answer that an arm has in DPO, minus that of the baseline's SFT."""
+    start, later = (needed(scores(table, one), what=f"scores of {one}").mean() for one in ("baseline", arm))
+    return float(later.iloc[1:].max() - start.iloc[0])
 
 
 def best_lead(table: pd.DataFrame) -> float:
