@@ -16,7 +16,7 @@ from lddyn.engine.store import Run
 
 BUNDLE = "application/vnd.lddyn+json"  # read back from the executed notebook by `pages.published`
 REFUTED = "application/vnd.lddyn.refuted+json"  # read back by `build.refuted`
-EXAMPLE = "kinds-of-response"  # the anchor of `kinds` on the page of chapter 3
+EXAMPLE = "kinds-by-example"  # the anchor of `kinds` on the page of chapter 3
 DASHES = {"-": "none", "--": "6 3", ":": "1.5 3"}
 
 

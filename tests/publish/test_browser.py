@@ -137,8 +137,8 @@ def test_figures_with_kinds_of_response_lead_to_what_they_are(site, browser):
     page = browser.new_page()
     page.goto(site + "notebooks/05_dpo.html")
     page.locator("#fig-05-kinds .under").get_by_text("Kinds of response").click()
-    explained = page.locator("#kinds-of-response")
-    assert page.url.endswith("03_sft.html#kinds-of-response") and explained.is_visible()
+    explained = page.locator("#kinds-by-example")
+    assert page.url.endswith("03_sft.html#kinds-by-example") and explained.is_visible()
     assert explained.locator("dt svg").count() == explained.locator("dd").count() == 12
     page.close()
 
@@ -226,6 +226,7 @@ def test_the_image_stays_for_paper_and_without_a_script(site, browser):
     assert shown.is_visible() and not image.is_visible()
     page.emulate_media(media="print")
     assert image.is_visible() and not shown.is_visible()
+    assert not page.locator("figure .under").first.is_visible() and page.locator("#fig-05-kinds figcaption").is_visible()
     page.close()
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()

@@ -65,7 +65,7 @@ def test_a_figure_with_a_kind_of_response_links_to_what_it_is(tmp_path, extensio
     figures.write(tmp_path / "f.svg", [drawn], ["make book"], {}, "here")
     content = json.loads((tmp_path / "f.json").read_text())
     links = extension.under(content, "/f.csv", "../").findall(lambda node: type(node) is extension.nodes.reference)
-    assert [link["refuri"] for link in links] == ["../notebooks/03_sft.html#kinds-of-response"] * shown
+    assert [link["refuri"] for link in links] == ["../notebooks/03_sft.html#kinds-by-example"] * shown
 
 
 # --- where a figure of a notebook comes from ---------------------------------------------------------------------
