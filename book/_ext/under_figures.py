@@ -30,13 +30,20 @@ class UnderFigures(SphinxTransform):
                     self.env.note_dependency(str(file))
                     content = json.loads(file.read_text())
                     image["alt"] = content["alt"]
-                    figure += under(content, f"/{FOLDER}/{file.stem}.csv")
+                    root = "../" * self.env.docname.count("/")
+                    figure += under(content, f"/{FOLDER}/{file.stem}.csv", root)
                 else:
                     log.warning(f"nothing is known of the figure {figure['ids']}", location=figure, type="lddyn")
 
 
-def under(content, data):
-    """The nodes that come after a figure's caption. data: the CSV file, from the root of the book."""
+def under(content, data, root):
+    """The nodes that come after a figure's caption.
+
+    data: the CSV file, from the root of the book; root: the way from the page to the first one.
+    """
+    kinds = []
+    if content["kinds"]:
+        kinds = [nodes.reference("", "Kinds of response, by example", refuri=root + content["kinds"], internal=True)]
     csv = addnodes.download_reference("", "", nodes.Text("Data (CSV)"), reftarget=data)
     made = [
         nodes.paragraph("", "", nodes.strong("", what), nodes.Text(f": {how}")) for what, how in content["made"].items()
@@ -48,6 +55,7 @@ def under(content, data):
         "",
         _html('<div class="under">'),
         nodes.paragraph("", "", csv),
+        *(nodes.paragraph("", "", link) for link in kinds),
         _html('<details class="hide"><summary>How it was made</summary>'),
         *made,
         source,

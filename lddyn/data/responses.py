@@ -23,6 +23,20 @@ RESPONSE_TYPES = {  # our name: the names in the authors' files
     "chosen_shuffled": ("random_permute",),
     "test_shuffled": ("random_nonhum",),
 }
+MEANINGS = {  # what each is, in words
+    "chosen": "the preferred answer: what finetuning trains",
+    "chosen_initial": "what the untouched model says itself, sampled",
+    "chosen_semantic": "the preferred answer in other words, with its meaning",
+    "chosen_format": "the form of the preferred answer, with another meaning",
+    "rejected": "the dispreferred answer",
+    "rejected_semantic": "the dispreferred answer in other words, with its meaning",
+    "rejected_format": "the form of the dispreferred answer, with another meaning",
+    "other_train": "the preferred answer to another training question",
+    "other_test": "the preferred answer to a question that is not trained on",
+    "unrelated": "a human sentence about something else",
+    "chosen_shuffled": "the words of the preferred answer in random order",
+    "test_shuffled": "the words of other_test in random order",
+}
 OUR_NAMES = {alias: name for name, aliases in RESPONSE_TYPES.items() for alias in aliases}
 
 Example = dict[str, str]  # id, prompt, chosen, rejected and what other response types the source has

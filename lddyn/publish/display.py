@@ -6,14 +6,18 @@ from html import escape
 
 import pandas as pd
 from IPython.display import HTML, display
+from matplotlib.markers import MarkerStyle
 
 from lddyn import Caution
 from lddyn.chapters import claims, sentences, style
+from lddyn.data.responses import MEANINGS
 from lddyn.engine import recorded, store
 from lddyn.engine.store import Run
 
 BUNDLE = "application/vnd.lddyn+json"  # read back from the executed notebook by `pages.published`
 REFUTED = "application/vnd.lddyn.refuted+json"  # read back by `build.refuted`
+EXAMPLE = "kinds-by-example"  # the anchor of `kinds` on the page of chapter 3
+DASHES = {"-": "none", "--": "6 3", ":": "1.5 3"}
 
 
 def begin() -> None:
@@ -88,6 +92,32 @@ def table(frame: pd.DataFrame, digits: int = 3, index: bool = True) -> str:
     """A data frame as HTML with escaped text and rounded numbers."""
     html = frame.to_html(float_format=lambda v: f"{v:.{digits}g}", border=0, index=index)
     return f'<div class="scroll">{html}</div>'
+
+
+def kinds(responses: Mapping[str, str], start: Mapping[str, float]) -> str:
+    """Every kind of response by one example, as HTML: its line and mark in figures, what it is, and its text.
+
+    responses: kind -> text; start: kind -> its log-probability, nats per token.
+    """
+    rows = (
+        f"<dt>{swatch(kind)} {kind}<small>{start[kind]:.2f} nats a token</small></dt>"
+        f"<dd><small>{MEANINGS[kind]}</small>{escape(responses[kind].strip())}</dd>"
+        for kind in style.STYLES
+        if kind in responses
+    )
+    return f'<dl class="kinds" id="{EXAMPLE}">{"".join(rows)}</dl>'
+
+
+def swatch(kind: str) -> str:
+    """The line and the mark of a kind of response in figures, as SVG."""
+    color, dash = style.STYLES[kind]
+    mark = MarkerStyle(style.MARKS[color])
+    (outline,) = mark.get_path().transformed(mark.get_transform().scale(9, -9)).to_polygons()
+    points = " ".join(f"{20 + x:.1f},{7 + y:.1f}" for x, y in outline)
+    return (
+        f'<svg width="40" height="14" aria-hidden="true" style="--c:{color}">'
+        f'<path d="M0 7H40" stroke-dasharray="{DASHES[dash]}"/><polygon points="{points}"/></svg>'
+    )
 
 
 def answers(frame: pd.DataFrame) -> str:

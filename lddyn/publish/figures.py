@@ -15,10 +15,12 @@ from pkgutil import resolve_name
 from typing import Any
 
 from lddyn.chapters import style
+from lddyn.data.responses import RESPONSE_TYPES
 from lddyn.engine import cache, reach, recorded, store
-from lddyn.publish import curves
+from lddyn.publish import curves, display
 
 COLUMNS = ("panel", "series", "x axis", "y axis", "x", "y", "low", "high")
+KINDS = f"notebooks/03_sft.html#{display.EXAMPLE}"  # where the kinds of response are explained
 LONGEST = 1000  # letters of an alternative text
 NOUNS = {
     "line": ("line", "lines"),
@@ -40,6 +42,7 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     store.write_atomically(path.with_suffix(".csv"), lambda file: file.write_text(table(drawn)))
     under = {"alt": words(drawn), "commands": commands, "made": made, "source": source, "views": views}
+    under["kinds"] = KINDS if shows_kinds(drawn) else None
     store.write_json(path.with_suffix(".json"), under)
 
 
@@ -54,6 +57,13 @@ def table(drawn: Panels) -> str:
             for point in zip(one["x"], one["y"], *ends, strict=True):
                 rows.writerow((panel["title"], one["name"], panel["x"], panel["y"], *point))
     return text.getvalue()
+
+
+def shows_kinds(drawn: Panels) -> bool:
+    """Whether a kind of response is named in a figure: as a panel, a series or a place on an axis."""
+    series = [one for panel in drawn for one in panel["series"]]
+    named = {panel["title"] for panel in drawn}.union(*([one["name"], *one["x"]] for one in series))
+    return not named.isdisjoint(RESPONSE_TYPES)
 
 
 # --- alternative text --------------------------------------------------------------------------------------------

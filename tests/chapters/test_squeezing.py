@@ -15,7 +15,7 @@ from lddyn.engine import store
 from lddyn.publish import notebooks
 from lddyn.theory import influence, losses, softmax
 
-STATIC = Path(__file__).parents[2] / "book" / "_static"
+STATIC = Path(__file__).parents[2] / "book" / "static"
 
 
 def draw(vocab: int, seed: int = 0, draws: int = 20):

@@ -30,13 +30,15 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-# the theme's own noise: its launch script declares a constant twice
-HARMLESS = re.compile(r"THEBE_JS_URL|Got invalid theme mode")
 
 if not (HTML / "index.html").exists() or not CHROMIUM:
     pytest.skip("needs `make book` and Chromium", allow_module_level=True)
 PAGES = sorted(str(p.relative_to(HTML)) for p in HTML.rglob("*.html") if "_static" not in p.parts)
 PAGES = [p for p in PAGES if p not in ("genindex.html", "index.html", "search.html")]  # index.html redirects
+# kB of each file of a page, before it is compressed. The limit: what a phone at 10 Mbit/s loads within four seconds
+WEIGHTS = """() => [...performance.getEntriesByType("navigation"), ...performance.getEntriesByType("resource")]
+    .map(e => [e.name, e.encodedBodySize / 1000])"""
+LIMIT = 5000
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -62,24 +64,26 @@ def browser():
         chromium.close()
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "light"), (390, "dark")])
 @pytest.mark.parametrize("path", PAGES)
-def test_page(site, browser, path, width):
-    page = browser.new_page(viewport={"width": width, "height": 900})
+def test_page(site, browser, path, width, theme):
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
     outside, errors, missing = [], [], []
     own = (site, "data:", "blob:")
     page.on("request", lambda r: None if r.url.startswith(own) else outside.append(r.url))
     page.on("response", lambda r: missing.append(r.url) if r.status >= 400 else None)
-    page.on(
-        "console",
-        lambda m: errors.append(m.text) if m.type == "error" and not HARMLESS.search(m.text) else None,
-    )
-    page.on("pageerror", lambda e: None if HARMLESS.search(str(e)) else errors.append(str(e)))
+    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda e: errors.append(str(e)))
     page.goto(site + path)
     page.wait_for_load_state("networkidle")
     if page.locator(".math").count():
         page.wait_for_selector("mjx-container")
+    assert page.evaluate("document.documentElement.dataset.theme") == theme
     assert not outside, f"loaded from outside: {outside}"
+    weights = dict(page.evaluate(WEIGHTS))
+    assert sum(weights.values()) < LIMIT, f"{sum(weights.values()):.0f} kB: {weights}"
+    scripts = page.locator("script[src]").evaluate_all("all => all.map(e => e.src)")
+    assert len(scripts) == len(set(scripts)), "a script is loaded twice"
     assert not missing, f"not found: {missing}"
     assert not errors, errors
     assert page.evaluate("[...document.images].filter(i => !i.naturalWidth).map(i => i.src)") == []
@@ -91,8 +95,11 @@ def test_page(site, browser, path, width):
     code = " ".join(page.locator("article pre, article code, article .answers").all_inner_texts())
     for mark in (r"\$\$", r"\\\(", r"\{glue", r"```", r":::", r"\{cite"):
         assert not re.search(mark, text) or re.search(mark, code), f"raw markup {mark} on the page"
+    parameters = page.locator("details").get_by_text("the one dial")  # their table, and the cell that declares them
+    assert not parameters.first.is_visible() and parameters.count() in (0, 2), "parameters are not folded"
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
     page.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways, unfolded"
     wide = "[...document.querySelectorAll('article pre')].filter(e => e.scrollWidth > e.clientWidth + 1)"
     assert page.evaluate(f"{wide}.map(e => e.innerText)") == [], "lines are cut off"
     page.close()
@@ -110,7 +117,9 @@ def test_under_every_figure_are_its_number_data_command_origin_and_source(site, 
         assert re.match(r"Figure \d+", figure.locator(".caption-number").text_content()), name
         assert len(figure.locator(".caption-text").text_content()) > 40, name
         link = figure.locator(".under a.download").get_attribute("href")
-        head, *rows = csv.reader(io.StringIO(page.request.get(urljoin(page.url, link)).text()))
+        data = page.request.get(urljoin(page.url, link)).text()
+        assert len(data) < 400_000, f"{name}: {len(data)} letters"
+        head, *rows = csv.reader(io.StringIO(data))
         assert tuple(head) == figures.COLUMNS and rows, name
         panels = {}
         for row in rows:  # a series has a name, if its panel has another one
@@ -121,6 +130,16 @@ def test_under_every_figure_are_its_number_data_command_origin_and_source(site, 
         assert re.search(r"Drawn by lddyn/[\w/]+\.py:\d+ \(\w+\)", made), (name, made)
         assert re.search(r"python -m lddyn run \d\d_\w+ --scale|make book", made), (name, made)
         assert re.search(r"\d", figure.locator("img").get_attribute("alt")), f"{name}: no value in the alternative text"
+    page.close()
+
+
+def test_figures_with_kinds_of_response_lead_to_what_they_are(site, browser):
+    page = browser.new_page()
+    page.goto(site + "notebooks/05_dpo.html")
+    page.locator("#fig-05-kinds .under").get_by_text("Kinds of response").click()
+    explained = page.locator("#kinds-by-example")
+    assert page.url.endswith("03_sft.html#kinds-by-example") and explained.is_visible()
+    assert explained.locator("dt svg").count() == explained.locator("dd").count() == 12
     page.close()
 
 
@@ -207,6 +226,7 @@ def test_the_image_stays_for_paper_and_without_a_script(site, browser):
     assert shown.is_visible() and not image.is_visible()
     page.emulate_media(media="print")
     assert image.is_visible() and not shown.is_visible()
+    assert not page.locator("figure .under").first.is_visible() and page.locator("#fig-05-kinds figcaption").is_visible()
     page.close()
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()

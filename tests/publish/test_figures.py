@@ -51,6 +51,23 @@ def test_a_crowded_figure_has_a_short_alternative_text():
     assert "528 lines between -11 and 0" in many and len(many) < 1.5 * figures.LONGEST
 
 
+@pytest.mark.parametrize(
+    ("drawn", "shown"),
+    [
+        (panel(line("chosen", [0, 1], [0.0, 1.0])), True),
+        (panel(line("", ["unrelated"], [1.0], kind="bars")), True),
+        (panel(line("a", [0, 1], [0.0, 1.0]), title="other_test"), True),
+        (panel(line("on chosen", [0, 1], [0.0, 1.0])), False),
+        (panel(line("y*", [None], [1.0])), False),
+    ],
+)
+def test_a_figure_with_a_kind_of_response_links_to_what_it_is(tmp_path, extension, drawn, shown):
+    figures.write(tmp_path / "f.svg", [drawn], ["make book"], {}, "here")
+    content = json.loads((tmp_path / "f.json").read_text())
+    links = extension.under(content, "/f.csv", "../").findall(lambda node: type(node) is extension.nodes.reference)
+    assert [link["refuri"] for link in links] == ["../notebooks/03_sft.html#kinds-by-example"] * shown
+
+
 # --- where a figure of a notebook comes from ---------------------------------------------------------------------
 
 CELLS = [
@@ -130,7 +147,7 @@ def extension(monkeypatch):
 
 def test_what_stands_under_a_figure_is_no_html_of_its_own(extension):
     content = {"views": [{"model": "</script><b>"}], "commands": ["make book"], "made": {"runs": "<i>"}, "source": "x"}
-    nodes = extension.under(content, "/generated/figures/a.csv")
+    nodes = extension.under(content | {"kinds": None}, "/generated/figures/a.csv", "")
     raw = "".join(node.astext() for node in nodes.findall(extension.nodes.raw))
     assert raw.count("</script>") == 1 and "<b>" not in raw and "<i>" not in raw
     (csv_file,) = nodes.findall(extension.addnodes.download_reference)
@@ -148,7 +165,9 @@ def test_a_figure_that_nobody_knows_is_a_warning(extension, tmp_path, monkeypatc
     figures.write(
         tmp_path / "generated/figures/hero.svg", [panel(line("a", [0, 1], [0.0, 1.0]))], ["make book"], {}, "x"
     )
-    transform = SimpleNamespace(document=document, env=SimpleNamespace(srcdir=tmp_path, note_dependency=lambda _: None))
+    transform = SimpleNamespace(
+        document=document, env=SimpleNamespace(srcdir=tmp_path, docname="intro", note_dependency=lambda _: None)
+    )
     extension.UnderFigures.apply(transform)
     assert told == ["nothing is known of the figure ['b']"]
     assert known[0]["alt"] == "nats over epoch: a from 0 to 1." and isinstance(known[-1], nodes.legend)

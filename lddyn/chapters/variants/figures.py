@@ -40,7 +40,7 @@ def forces_and_outcomes(ends: pd.DataFrame, table: pd.DataFrame, beta: float) ->
     fig, axes = plt.subplots(len(names), 2, figsize=(9, 0.95 * len(names) + 0.6), sharex="col", width_ratios=[1, 1.5])
     for (left, right), name in zip(axes, names, strict=True):
         rows = ends[ends.name == name]
-        h = torch.linspace(0, max(float(rows.margin.mean()), 1.0), 200, dtype=torch.float64)
+        h = torch.linspace(0, max(float(rows.margin.mean()), 1.0), 60, dtype=torch.float64)
         reference = tuple(torch.full_like(h, value) for value in logps)
         up, down = evidence.forces(name, reference[0] + h / 2, reference[1] - h / 2, reference, lengths, beta)
         unit = max(abs(up[0]), abs(down[0]))
