@@ -22,7 +22,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 from lddyn import InputError
 from lddyn.__main__ import positive
 from lddyn.data.responses import RESPONSE_TYPES
-from lddyn.engine import cache, probes, reach, store
+from lddyn.engine import cache, pool, probes, reach, store
 from lddyn.engine.probe_set import Encoded
 from lddyn.publish import pages
 from lddyn.theory import first_order, influence, kernels, losses
@@ -36,6 +36,13 @@ SHAPES = {  # width, layers, heads, vocabulary, prompts to measure
 }
 FIRST_ORDER = {"0.4M": (96, 3, 4, 256, 0), "6M": (256, 6, 4, 2048, 0)}  # the first is as small as explicit kernels need
 
+STAGES = {
+    "memory": 190,
+    "twelve responses": 120,
+    "lengths of prompts": 20,
+    "predictions": 40,
+    "influences": 510,
+}  # seconds
 INFLUENCES = ((8, 16), (16, 48), (64, 192))  # pairs, observed responses
 
 
@@ -394,6 +401,8 @@ def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | N
     torch.set_num_threads(threads)
     out = out or store.runs_root() / "bench.json"
     out.parent.mkdir(parents=True, exist_ok=True)
+    begins = pool.stages(STAGES)
+    next(begins)
     # Memory first: on Linux a new process starts with its parent's peak.
     growth = [
         {"prompts": n, **in_fresh_process("shared prompts", "built-in", n, device, threads)} for n in (48, 192, 768)
@@ -408,8 +417,10 @@ def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | N
         for shape, count, ways in prediction_cases()
         for way in ways
     }
+    next(begins)
     ways = [row for shape in SHAPES for row in compare(shape, repeats, device)]
     ways = [row | {"memory_mb": memory[row["model"], row["way"]]} for row in ways]
+    next(begins)
     lengths = []
     for n in (32, 64, 128, 256):
         ratios = {row["way"]: row["ratio"] for row in compare("built-in", repeats, device, 6, prompt_tokens=(n, n))}
@@ -422,11 +433,13 @@ def bench(repeats: int = 3, device: str = "cpu", threads: int = 1, out: Path | N
         "versions": reach.versions("lddyn.engine.probes", "measure"),
     }
     measured = {**setting, "ways": ways, "prompt_lengths": lengths, "growth": growth}
+    next(begins)
     measured["predictions"] = [
         row | {"memory_mb": predicting[row["model"], row["observations"], row["way"]]}
         for case in prediction_cases()
         for row in compare_predictions(*case, repeats, device)
     ]
+    next(begins)
     measured["influences"] = [row for case in INFLUENCES for row in compare_influences(*case, 1, device)]
     store.write_json(out, measured)
     return measured
@@ -439,6 +452,7 @@ def main() -> int:
     top.add_argument("--threads", type=positive, default=1)
     top.add_argument("--out", type=Path, help="JSON file (default: runs/bench.json)")
     a = top.parse_args()
+    pool.show_progress()
     try:
         print(pages.report(bench(a.repeats, a.device, a.threads, a.out)))
     except InputError as error:

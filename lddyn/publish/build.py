@@ -22,7 +22,6 @@ from lddyn.chapters import claims, sentences
 from lddyn.data import preferences
 from lddyn.engine import pool, pretraining, reach, recorded, settings, store
 from lddyn.publish import display, notebooks, pages
-from lddyn.workshop import estimate
 
 SCALES = ("smoke", "laptop", "paper")
 SHIPPED = {  # data of this package, and the definition that code which reads them reaches
@@ -67,7 +66,8 @@ def execute(scale: str, force: bool) -> list[str]:
     stale = [name for name, out in places.items() if force or _metadata(out).get("fingerprint") != now[name]]
     if stale:
         print(
-            f"lddyn: {len(stale)} of {len(places)} chapters to run at scale {scale}, {expected(stale, scale)}",
+            f"lddyn: {len(stale)} of {len(places)} chapters to run at scale {scale}, "
+            f"{notebooks.expected(stale, scale)}, less where runs are cached",
             flush=True,
         )
         compute(stale, scale)
@@ -84,13 +84,14 @@ def compute(names: Collection[str], scale: str) -> None:
 
     What fails here fails again in its notebook, which says where.
     """
-    began, seconds = store.now(), json.loads((pages.BOOK / "times.json").read_text())["seconds"].get(scale, {})
+    began, clock, seconds = store.now(), time.perf_counter(), notebooks.times()["seconds"].get(scale, {})
     count = itertools.count(1)
 
     def told(run: store.Run) -> None:
         number = next(count)
         if run.manifest["finished"] >= began:
-            print(f"lddyn: run {number}, {run.folder.name}: {run.manifest['seconds']:.0f} s", flush=True)
+            minutes, took = (time.perf_counter() - clock) / 60, run.manifest["seconds"]
+            print(f"lddyn: {minutes:.1f} min, run {number}: {run.folder.name} took {took:.0f} s", flush=True)
 
     def chapter(name: str, executor: Executor) -> None:
         run = import_module(f"lddyn.chapters.{sentences.room(name)}.run")
@@ -100,16 +101,6 @@ def compute(names: Collection[str], scale: str) -> None:
     with pool.processes(os.cpu_count() or 1) as executor, ThreadPoolExecutor(len(names)) as threads:
         for name in sorted(names, key=lambda name: -seconds.get(name, 0)):
             threads.submit(chapter, name, executor)
-
-
-def expected(names: Iterable[str], scale: str) -> str:
-    """How long these chapters take here: times on another machine (`book/times.json`), scaled by both matrix rates."""
-    recorded = json.loads((pages.BOOK / "times.json").read_text())
-    if scale not in recorded["seconds"]:
-        return "which takes a GPU hours to days"
-    rate = estimate.measured_rate("cpu", bf16=False) / 1e9
-    minutes = sum(recorded["seconds"][scale].get(name, 60) for name in names) * recorded["gflops"] / rate / 60
-    return f"about {max(minutes, 1):.0f} min here ({rate:.0f} GFLOP/s), less where runs are cached"
 
 
 def _execute(name: str, out: Path, scale: str, fingerprint: str) -> str | None:
@@ -195,6 +186,7 @@ def _build(scale: str, force: bool, strict: bool) -> int:
         for line in failures:
             print(f"lddyn: {line}", file=sys.stderr)
         return 1
+    print("lddyn: drawing and rendering the pages, a minute or two", flush=True)
     shown = pages.published()
     pages.write_under_figures(shown)
     pages.write_hero(shown)

@@ -226,7 +226,9 @@ def test_the_image_stays_for_paper_and_without_a_script(site, browser):
     assert shown.is_visible() and not image.is_visible()
     page.emulate_media(media="print")
     assert image.is_visible() and not shown.is_visible()
-    assert not page.locator("figure .under").first.is_visible() and page.locator("#fig-05-kinds figcaption").is_visible()
+    assert (
+        not page.locator("figure .under").first.is_visible() and page.locator("#fig-05-kinds figcaption").is_visible()
+    )
     page.close()
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
