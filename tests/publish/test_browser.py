@@ -335,6 +335,17 @@ def test_two_alike_contexts_show_dpo_lowering_the_chosen_token(site, browser):
     page.close()
 
 
+@pytest.mark.parametrize("chapter", ["04_squeezing", "05_dpo"])
+def test_a_sentence_leads_to_where_dpo_lowers_the_chosen_token(site, browser, chapter):
+    page = browser.new_page()
+    page.goto(f"{site}notebooks/{chapter}.html")
+    page.locator("article a[href*='#playground=two']").and_(page.get_by_text("DPO lower")).click()
+    page.wait_for_url("**/04_squeezing.html#playground=two*")
+    assert page.locator("#pg-two").is_checked() and page.locator("#pg-raised").input_value() == "5"
+    assert "the chosen token has lost" in page.locator("#pg-said").inner_text()
+    page.close()
+
+
 NOT_OURS = [[".citation-list"], ["mjx-container"]]  # docutils' list of references, MathJax's formulas
 AT_REST = "* { animation: none !important; transition: none !important; }"
 RULES = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}}
