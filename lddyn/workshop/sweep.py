@@ -13,6 +13,7 @@ import importlib
 import itertools
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -147,7 +148,8 @@ def sweep(
     cores = os.cpu_count() or 1
     threads = cores // min(workers or cores, cores, len(chosen)) if engine_name == "processes" else 1
     hours = sum(estimate.estimate(each).hours for each in chosen) / (cores // threads)
-    LOG.info("%d runs, about %s where none is cached", len(chosen), estimate.duration(hours))
+    time_here = "unknown time, no such device here" if math.isnan(hours) else f"about {estimate.duration(hours)}"
+    LOG.info("%d runs, %s where none is cached", len(chosen), time_here)
     with engine(engine_name, workers, address) as executor:
         runs = run_all([launch.job(each) for each in chosen], executor, threads)
     rows = [row(each, plan, run) for each, run in zip(chosen, runs, strict=True)]

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -199,7 +200,8 @@ def test_a_notebook_says_how_far_it_is_also_where_its_output_is_a_file(tmp_path,
     content["cells"][0]["metadata"]["papermill"] = {"status": "completed"}
     running.write_text(json.dumps(content))
     with notebooks._telling("n", running, every=0.01):
-        while not told:
+        until = time.monotonic() + 60
+        while not told and time.monotonic() < until:
             told = capsys.readouterr().err
     assert told.startswith("lddyn: n: 1 of 3 cells, 0.0 min")
 
