@@ -65,12 +65,10 @@ def execute(scale: str, force: bool) -> list[str]:
     now = {name: fingerprint(notebooks.notebook_path(name), scale) for name in places}
     stale = [name for name, out in places.items() if force or _metadata(out).get("fingerprint") != now[name]]
     if stale:
-        print(
-            f"lddyn: {len(stale)} of {len(places)} chapters to run at scale {scale}, "
-            f"{notebooks.expected(stale, scale)}, less where runs are cached",
-            flush=True,
-        )
-        compute(stale, scale)
+        of = notebooks.expected(stale, scale)
+        chapters = f"{len(stale)} of {len(places)} chapters to run at scale {scale}"
+        print(f"lddyn: {chapters}: {of} here, less where runs are cached", flush=True)
+        compute(stale, scale, of)
     for name in places.keys() - set(stale):
         print(f"lddyn: {name} is fresh")
     with pool.processes(2) as executor:  # the runs are there: these read, draw and think
@@ -79,10 +77,10 @@ def execute(scale: str, force: bool) -> list[str]:
     return failures
 
 
-def compute(names: Collection[str], scale: str) -> None:
+def compute(names: Collection[str], scale: str, of: str) -> None:
     """Compute the runs of these chapters side by side in one pool, chapters that take long first.
 
-    What fails here fails again in its notebook, which says where.
+    What fails here fails again in its notebook, which says where. of: the time that is expected, in words.
     """
     began, clock, seconds = store.now(), time.perf_counter(), notebooks.times()["seconds"].get(scale, {})
     count = itertools.count(1)
@@ -91,7 +89,7 @@ def compute(names: Collection[str], scale: str) -> None:
         number = next(count)
         if run.manifest["finished"] >= began:
             minutes, took = (time.perf_counter() - clock) / 60, run.manifest["seconds"]
-            print(f"lddyn: {minutes:.1f} min, run {number}: {run.folder.name} took {took:.0f} s", flush=True)
+            print(f"lddyn: {minutes:.1f} min of {of}: run {number}, {run.folder.name}, {took:.0f} s", flush=True)
 
     def chapter(name: str, executor: Executor) -> None:
         run = import_module(f"lddyn.chapters.{sentences.room(name)}.run")

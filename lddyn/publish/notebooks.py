@@ -113,10 +113,10 @@ def expected(names: Iterable[str], scale: str) -> str:
     """How long these chapters take here: times on another machine (`times`), scaled by both matrix rates."""
     recorded = times()
     if scale not in recorded["seconds"]:
-        return "which takes hours to days"
+        return "hours to days"
     rate = estimate.measured_rate("cpu", bf16=False) / 1e9
     minutes = sum(recorded["seconds"][scale].get(name, 60) for name in names) * recorded["gflops"] / rate / 60
-    return f"about {max(minutes, 1):.0f} min here ({rate:.0f} GFLOP/s)"
+    return f"about {max(minutes, 1):.0f} min"
 
 
 def _literal(path: Path) -> str:
@@ -178,8 +178,8 @@ def run(
     store.writable(out)
     if source.parent == NOTEBOOKS:
         how = values.get("scale") or parameters(source)["scale"].default
-        time_here = f"{expected([source.stem], how)} with its defaults, less where runs are cached"
-        print(f"lddyn: {source.stem} at scale {how}, {time_here}", file=sys.stderr, flush=True)
+        time_here = f"{expected([source.stem], how)} here with its defaults, less where runs are cached"
+        print(f"lddyn: {source.stem} at scale {how}: {time_here}", file=sys.stderr, flush=True)
     problem = execute(source, values, out, timeout)
     if problem:
         print(f"lddyn: {source.stem}: {problem}", file=sys.stderr)
