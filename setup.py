@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("book/claims.yml", "book/recorded", "book/settings", "book/sweeps", "notebooks")
+SHIPPED = ("book/claims.yml", "book/times.json", "book/recorded", "book/settings", "book/sweeps", "notebooks")
 
 
 class WithSources(build_py):

@@ -206,7 +206,7 @@ def _estimate(a) -> int:
 
 
 def _sweep(a) -> int:
-
+    pool.show_progress()
     print(sweep.sweep(a.file, a.engine, a.workers, a.address, a.out))
     return 0
 
@@ -218,16 +218,15 @@ def _report(a) -> int:
 
 
 def _rephrase(a) -> int:
-
+    pool.show_progress()
     ask = chat.connect(a.chat, a.max_tokens, a.device, a.budget)
     print(rephrase.summary(rephrase.rephrase(a.data, a.out, ask, a.limit, a.workers)))
     return 0
 
 
 def _preflight(a) -> int:
-
+    pool.show_progress()
     if a.worth:
-        pool.show_progress()
         print(preflight_worth.record())
         return 0
     if a.report:
@@ -284,6 +283,7 @@ def _pretrain(a) -> int:
     for size in a.sizes:
         if size not in pretraining.SIZES:
             raise unknown("size", size, pretraining.SIZES)
+    pool.show_progress()
     equal = True
     for size in a.sizes or pretraining.SIZES:
         same, line = pretraining.repeat(size, a.ship)

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
 from lddyn.engine import cache, store
+
+LOG = logging.getLogger("lddyn")
+T = TypeVar("T")
 
 
 def run_all(
@@ -117,7 +120,7 @@ def _pool(workers: int, executor: Executor | None) -> Iterator[Callable[..., Fut
 
 def processes(workers: int) -> ProcessPoolExecutor:
     """New processes of one thread each, as an executor."""
-    loud, spawn = logging.getLogger("lddyn").isEnabledFor(logging.INFO), get_context("spawn")
+    loud, spawn = LOG.isEnabledFor(logging.INFO), get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=spawn, initializer=as_worker, initargs=(loud,))
 
 
@@ -137,10 +140,37 @@ def _results(futures: Sequence[Future[store.Run]]) -> list[store.Run]:
     return [future.result() for future in futures]
 
 
+def counted(things: Iterable[T], what: str, total: int, every: float = 60.0) -> Iterator[T]:
+    """The things themselves; at most once in `every` seconds the log "lddyn" has how many were there, and what is left.
+
+    The next thing is asked for when one is done.
+    """
+    begun = said = time.monotonic()
+    for n, thing in enumerate(things, 1):
+        yield thing
+        now = time.monotonic()
+        if now - said >= every and n < total:
+            said = now
+            LOG.info("%d of %d %s, %.1f min left", n, total, what, (now - begun) / n * (total - n) / 60)
+
+
+def stages(shares: Mapping[str, float]) -> Iterator[str]:
+    """The names, one whenever a stage begins; the log "lddyn" has it, and how long it and the rest will take.
+
+    shares: of the whole time that each stage takes, in any unit.
+    """
+    begun, done, whole = time.monotonic(), 0.0, sum(shares.values())
+    for n, (name, share) in enumerate(shares.items(), 1):
+        left = f", {(time.monotonic() - begun) / done * (whole - done) / 60:.1f} min left" if done else ""
+        LOG.info("%d of %d, %s%s", n, len(shares), name, left)
+        yield name
+        done += share
+
+
 def show_progress() -> None:
-    """Let this process, and those of its pools, print how far trainings are (`progress`), on stderr."""
+    """Let this process, and those of its pools, print how far they are (the log "lddyn"), on stderr."""
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("lddyn").setLevel(logging.INFO)
+    LOG.setLevel(logging.INFO)
 
 
 def as_worker(loud: bool = False) -> None:

@@ -5,9 +5,9 @@ from the documentation strings of installed libraries and from the pre-training 
 Those of seed 0 come with the package; `repeat` makes them again.
 """
 
+import logging
 import math
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTr
 from lddyn.data import preferences, world
 from lddyn.engine import cache, probe_set, prose, store
 
+LOG = logging.getLogger("lddyn")
 SIZES: dict[str, dict[str, Any]] = {  # a few seconds; one to two minutes
     "tiny": {
         "architecture": {"width": 48, "layers": 2, "heads": 2, "vocab": 1024},
@@ -137,8 +138,7 @@ def pretrain(
             for name, loss in [("trained on", float(np.mean(losses))), ("held out", _mean_loss(model, held_out))]:
                 rows.append((done, done * batch_size, name, "prose", "loss", loss))
             losses.clear()
-            if sys.stderr.isatty():
-                print(f"pre-training: step {done} of {steps}, {rows[-1][-1]:.2f} nats per token", file=sys.stderr)
+            LOG.info("pre-training: step %d of %d, %.2f nats per token", done, steps, rows[-1][-1])
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "rows": rows}
             store.write_atomically(checkpoint, partial(torch.save, states))
     store.write_pretrained(work.parent / "model", model, tokenizer)

@@ -22,7 +22,6 @@ from lddyn.chapters import claims, sentences
 from lddyn.data import preferences
 from lddyn.engine import pool, pretraining, reach, recorded, settings, store
 from lddyn.publish import display, notebooks, pages
-from lddyn.workshop import estimate
 
 SCALES = ("smoke", "laptop", "paper")
 SHIPPED = {  # data of this package, and the definition that code which reads them reaches
@@ -67,9 +66,10 @@ def execute(scale: str, force: bool) -> list[str]:
     now = {name: fingerprint(notebooks.notebook_path(name), scale) for name in places}
     stale = [name for name, out in places.items() if force or _metadata(out).get("fingerprint") != now[name]]
     if stale:
-        minutes, words = expected(stale, scale)
-        print(f"lddyn: {len(stale)} of {len(places)} chapters to run at scale {scale}, {words}", flush=True)
-        compute(stale, scale, minutes)
+        of = notebooks.expected(stale, scale)
+        chapters = f"{len(stale)} of {len(places)} chapters to run at scale {scale}"
+        print(f"lddyn: {chapters}: {of} here, less where runs are cached", flush=True)
+        compute(stale, scale, of)
     for name in places.keys() - set(stale):
         print(f"lddyn: {name} is fresh")
     with pool.processes(2) as executor:  # the runs are there: these read, draw and think
@@ -78,21 +78,19 @@ def execute(scale: str, force: bool) -> list[str]:
     return failures
 
 
-def compute(names: Collection[str], scale: str, minutes: float | None) -> None:
+def compute(names: Collection[str], scale: str, of: str) -> None:
     """Compute the runs of these chapters side by side in one pool, chapters that take long first.
 
-    minutes: how long they are expected to take, for the line that is printed after each run. What fails here fails
-    again in its notebook, which says where.
+    What fails here fails again in its notebook, which says where. of: the time that is expected, in words.
     """
-    clock, of = time.perf_counter(), f" of about {minutes:.0f}" if minutes else ""
-    began, seconds = store.now(), json.loads((pages.BOOK / "times.json").read_text())["seconds"].get(scale, {})
+    began, clock, seconds = store.now(), time.perf_counter(), notebooks.times()["seconds"].get(scale, {})
     count = itertools.count(1)
 
     def told(run: store.Run) -> None:
         number = next(count)
         if run.manifest["finished"] >= began:
-            took, so_far = run.manifest["seconds"], (time.perf_counter() - clock) / 60
-            print(f"lddyn: run {number}, {run.folder.name}: {took:.0f} s; {so_far:.1f}{of} min", flush=True)
+            minutes, took = (time.perf_counter() - clock) / 60, run.manifest["seconds"]
+            print(f"lddyn: {minutes:.1f} min of {of}: run {number}, {run.folder.name}, {took:.0f} s", flush=True)
 
     def chapter(name: str, executor: Executor) -> None:
         run = import_module(f"lddyn.chapters.{sentences.room(name)}.run")
@@ -102,17 +100,6 @@ def compute(names: Collection[str], scale: str, minutes: float | None) -> None:
     with pool.processes(os.cpu_count() or 1) as executor, ThreadPoolExecutor(len(names)) as threads:
         for name in sorted(names, key=lambda name: -seconds.get(name, 0)):
             threads.submit(chapter, name, executor)
-
-
-def expected(names: Iterable[str], scale: str) -> tuple[float | None, str]:
-    """How long these chapters take here, minutes and in words: times on another machine (`book/times.json`), scaled
-    by both matrix rates."""
-    recorded = json.loads((pages.BOOK / "times.json").read_text())
-    if scale not in recorded["seconds"]:
-        return None, "which takes a GPU hours to days"
-    rate = estimate.measured_rate("cpu", bf16=False) / 1e9
-    minutes = sum(recorded["seconds"][scale].get(name, 60) for name in names) * recorded["gflops"] / rate / 60
-    return minutes, f"about {max(minutes, 1):.0f} min here ({rate:.0f} GFLOP/s), less where runs are cached"
 
 
 def _execute(name: str, out: Path, scale: str, fingerprint: str) -> str | None:
@@ -198,6 +185,7 @@ def _build(scale: str, force: bool, strict: bool) -> int:
         for line in failures:
             print(f"lddyn: {line}", file=sys.stderr)
         return 1
+    print("lddyn: drawing and rendering the pages, a minute or two", flush=True)
     shown = pages.published()
     pages.write_under_figures(shown)
     pages.write_hero(shown)

@@ -4,6 +4,7 @@ The first view is what the figure draws. Every other one is drawn by the same fu
 from its axes as the first one was.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ class Model(NamedTuple):
     steps: tuple[float, ...] = ()  # optimiser steps in a unit of x, for each column of panels; none: not known
     seeds: tuple[int, ...] = (1,)  # for each column of panels
     x: str = ""  # what the axis counts, where not what the figure says
+    y: str = ""  # the same of the values
     stages: tuple[float, float] = (0, 0)  # epochs of SFT and of the DPO after it
 
 
@@ -64,7 +66,8 @@ def _view(model: Model, unit: str, drawn: Panels) -> dict[str, Any]:
     for panel in drawn:
         column = panel["column"]
         steps = model.steps[column % len(model.steps)] if model.steps else None
-        y = panel["y"].replace("(nats)", "(nats per token)") if unit == "per token" else panel["y"]
+        y = model.y or panel["y"]
+        y = y.replace("(nats)", "(nats per token)") if unit == "per token" else y
         kept = {key: panel[key] for key in ("title", "row", "column", "marks", "series")}
         seeds = model.seeds[column % len(model.seeds)]
         shown.append(kept | {"x": model.x or panel["x"], "y": y, "steps": steps, "seeds": seeds})
@@ -100,6 +103,35 @@ def _logs(*kinds: str) -> list[Model]:
     return found
 
 
+def _stage_logs() -> list[Model]:
+    """Released logs of SFT and of the DPO after it, on one axis: of each model with all four of one repository."""
+    stages = {"baseline": ("sft", "dpo"), "extended": ("extend_sft", "extend_dpo")}
+    logs: dict[tuple[str, str], dict[str, Mapping]] = {}
+    for run in paper_scale.longest(paper_scale.runs(*itertools.chain(*stages.values()))):
+        logs.setdefault((run["model"], run["repository"]), {})[run["kind"]] = run
+    found = []
+    for (model, repository), of in logs.items():
+        if not of.keys() >= set(itertools.chain(*stages.values())):
+            continue
+        tables = [_joined(of[sft], of[dpo]).assign(arm=arm) for arm, (sft, dpo) in stages.items()]
+        axes = {"x": "share of each log; DPO starts at 0", "y": "change of log π since the start of SFT (nats)"}
+        name = f"released logs: {model} ({repository.split('/')[0]})"
+        found.append(Model(name, pd.concat(tables, ignore_index=True).assign(seed=0), **axes, stages=(1, 1)))
+    return found
+
+
+def _joined(sft: Mapping, dpo: Mapping) -> pd.DataFrame:
+    """The log of an SFT, at steps below zero, and that of the DPO after it, as a table of one prompt."""
+    values = []
+    for kind in sft["curves"].keys() & dpo["curves"].keys():
+        named = ("chosen", "argmax_logp_sum") if kind == paper_scale.TOP else (kind, "logp_sum")
+        first, then = sft["curves"][kind], dpo["curves"][kind]
+        points = [(at - sft["at"][-1], value) for at, value in zip(sft["at"][:-1], first[:-1], strict=True)]
+        points += [(at, first[-1] + value) for at, value in zip(dpo["at"], then, strict=True)]
+        values += [(at, at, "train/0", *named, value) for at, value in points]
+    return store.long(values)
+
+
 def _sft(runs: Sequence[store.Run]) -> list[Model]:
     whole = max(run.manifest["parameters"]["n_train"] for run in runs)
     own = _model("small model", runs, target="chosen", n_train=whole)
@@ -122,7 +154,7 @@ def _extend(runs: Sequence[store.Run]) -> list[Model]:
             table, parameters = store.frame(kept), kept[0].manifest["parameters"]
             stages = parameters["sft_epochs"], parameters["epochs"]
             found.append(Model(name, table, seeds=_seeds(table), stages=stages))
-    return found
+    return found + _stage_logs()
 
 
 def _losses(runs: Sequence[store.Run]) -> list[Model]:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping
 from html import escape
 
+import numpy as np
 import pandas as pd
 from IPython.display import HTML, display
 from matplotlib.markers import MarkerStyle
@@ -112,8 +113,8 @@ def swatch(kind: str) -> str:
     """The line and the mark of a kind of response in figures, as SVG."""
     color, dash = style.STYLES[kind]
     mark = MarkerStyle(style.MARKS[color])
-    (outline,) = mark.get_path().transformed(mark.get_transform().scale(9, -9)).to_polygons()
-    points = " ".join(f"{20 + x:.1f},{7 + y:.1f}" for x, y in outline)
+    outline = np.asarray(mark.get_path().transformed(mark.get_transform()).to_polygons()[0])  # (points, 2)
+    points = " ".join(f"{20 + 9 * x:.1f},{7 - 9 * y:.1f}" for x, y in outline)
     return (
         f'<svg width="40" height="14" aria-hidden="true" style="--c:{color}">'
         f'<path d="M0 7H40" stroke-dasharray="{DASHES[dash]}"/><polygon points="{points}"/></svg>'

@@ -3,17 +3,22 @@
 A notebook's cell tagged `parameters` is its interface (`lddyn.engine.settings`).
 """
 
+import contextlib
 import json
 import logging
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lddyn import InputError, unknown
 from lddyn.engine import settings, store
 from lddyn.engine.store import ROOT
+from lddyn.workshop import estimate
 
 NOTEBOOKS = store.SOURCES / "notebooks"
 
@@ -56,17 +61,18 @@ def execute(notebook: Path, values: Mapping[str, object], out: Path, timeout: in
     logging.getLogger("papermill").setLevel(logging.ERROR)
     running, failed = out.with_suffix(".running.ipynb"), out.with_suffix(".failed.ipynb")
     try:
-        papermill.execute_notebook(
-            _literal(notebook),
-            _literal(running),
-            dict(values),
-            cwd=str(ROOT),
-            kernel_name="python3",
-            progress_bar=sys.stderr.isatty() and {"desc": notebook.stem},
-            execution_timeout=timeout,
-            # ipykernel 7 warns about plain TCP for every kernel otherwise
-            config=Config(KernelManager={"transport_encryption": "auto"}),
-        )
+        with contextlib.nullcontext() if sys.stderr.isatty() else _telling(notebook.stem, running):
+            papermill.execute_notebook(
+                _literal(notebook),
+                _literal(running),
+                dict(values),
+                cwd=str(ROOT),
+                kernel_name="python3",
+                progress_bar=sys.stderr.isatty() and {"desc": notebook.stem},
+                execution_timeout=timeout,
+                # ipykernel 7 warns about plain TCP for every kernel otherwise
+                config=Config(KernelManager={"transport_encryption": "auto"}),
+            )
     except Exception as error:  # papermill raises its own, nbclient's and the kernel's errors
         if running.exists():
             running.replace(failed)
@@ -76,6 +82,41 @@ def execute(notebook: Path, values: Mapping[str, object], out: Path, timeout: in
     running.replace(out)
     failed.unlink(missing_ok=True)
     return None
+
+
+@contextlib.contextmanager
+def _telling(name: str, running: Path, every: float = 60.0) -> Iterator[None]:
+    """Say on stderr, once in `every` seconds, how many cells of a notebook that papermill executes are done."""
+    over, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not over.wait(every):
+            with contextlib.suppress(OSError, ValueError):  # it is being written
+                cells = [c for c in json.loads(running.read_text())["cells"] if c["cell_type"] == "code"]
+                done = sum(c["metadata"].get("papermill", {}).get("status") == "completed" for c in cells)
+                minutes = (time.monotonic() - began) / 60
+                print(f"lddyn: {name}: {done} of {len(cells)} cells, {minutes:.1f} min", file=sys.stderr, flush=True)
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def times() -> dict[str, Any]:
+    """Seconds of each chapter with all its runs, by scale, and the matrix rate of that machine: `seconds, gflops`."""
+    return json.loads((store.BOOK / "times.json").read_text())
+
+
+def expected(names: Iterable[str], scale: str) -> str:
+    """How long these chapters take here: times on another machine (`times`), scaled by both matrix rates."""
+    recorded = times()
+    if scale not in recorded["seconds"]:
+        return "hours to days"
+    rate = estimate.measured_rate("cpu", bf16=False) / 1e9
+    minutes = sum(recorded["seconds"][scale].get(name, 60) for name in names) * recorded["gflops"] / rate / 60
+    return f"about {max(minutes, 1):.0f} min"
 
 
 def _literal(path: Path) -> str:
@@ -135,6 +176,10 @@ def run(
     if out.resolve() == source.resolve():
         raise InputError(f"--out {out} is the notebook itself; choose another file")
     store.writable(out)
+    if source.parent == NOTEBOOKS:
+        how = values.get("scale") or parameters(source)["scale"].default
+        time_here = f"{expected([source.stem], how)} here with its defaults, less where runs are cached"
+        print(f"lddyn: {source.stem} at scale {how}: {time_here}", file=sys.stderr, flush=True)
     problem = execute(source, values, out, timeout)
     if problem:
         print(f"lddyn: {source.stem}: {problem}", file=sys.stderr)

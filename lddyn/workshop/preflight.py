@@ -19,7 +19,7 @@ import torch
 from lddyn import Caution, InputError
 from lddyn.chapters.dpo.run import LIKELY
 from lddyn.data import preferences, responses
-from lddyn.engine import models, probes
+from lddyn.engine import models, pool, probes
 from lddyn.engine.callback import ProbeCallback
 from lddyn.engine.probe_set import Encoded, Model, ProbeSet, Tokenizer
 from lddyn.engine.settings import derive, lengths
@@ -30,6 +30,13 @@ from lddyn.theory.logprobs import TokenStats
 from lddyn.workshop.forecast import Direction, Forecast, How, Pairs, direction, forecast, parts, stats, sums
 
 KINDS = ("chosen", "rejected", "top", "unpushed")  # what is forecast; top: y* along chosen
+STAGES = {  # and the share of each in the time, as measured on the built-in pairs and model
+    "reading pairs and model": 0.1,
+    "the forecast": 0.2,
+    "what each pair adds": 0.2,
+    "other choices": 0.3,
+    "what the model makes of the answers": 0.2,
+}
 ROWS = 5000  # of the data, at most, that are looked at
 FEWEST = 5  # pairs; the bag of words needs as many
 
@@ -77,14 +84,18 @@ def preflight(s: Preflight) -> dict[str, Any]:
     change of chosen answers and what the literature measures; `choices`: the mean forecast as asked, and otherwise.
     Raises `InputError` where there are too few pairs or they cannot be used.
     """
+    begins = pool.stages(STAGES)
+    next(begins)
     pushed, others, cautions = read(s)
     lm, tokenizer = models.read(models.located(s.model, s.size), device=s.device, dtype=s.dtype)
     uncut = encode(pushed, ("chosen", "rejected"), tokenizer, 2**30, 2**30, s.format)
     there = material(pushed, others, uncut, tokenizer, s)
     check_room(lm, there)
     how, (pairs, n) = derive(How, s), (there.pairs, len(there.examples))
+    next(begins)
     towards = direction(lm, pairs, how)
     expected = forecast(lm, pairs, there.unpushed, s.margin, how, towards)
+    next(begins)
     part = parts(lm, pairs, pairs.chosen, towards, s.beta)
     part *= expected.slopes.mean() / part.sum()  # at the margin
     products = influences.products(lm, pairs.chosen, pairs.rejected).products
@@ -101,7 +112,9 @@ def preflight(s: Preflight) -> dict[str, Any]:
         {"id": e["id"], "prompt": e["prompt"][-80:], **{name: values[i].item() for name, values in columns.items()}}
         for i, e in enumerate(there.examples)
     ]
+    next(begins)
     choices = [means("as asked", expected, n), *otherwise(lm, tokenizer, there, part, towards, s)]
+    next(begins)
     return {
         "settings": asdict(s),
         "cautions": cautions,

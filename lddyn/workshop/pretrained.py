@@ -5,6 +5,7 @@ interrupted continues, and each is kept (`recorded`) as soon as it is there.
 """
 
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from lddyn.data import preferences
 from lddyn.engine import gguf, models, pool, pretraining, probes, prose, recipe, recorded, store
 from lddyn.engine.probe_set import ProbeSet
 
+LOG = logging.getLogger("lddyn")
 Done = Callable[[store.Run], None]
 
 
@@ -85,6 +87,14 @@ def card() -> list[dict]:
     return rows
 
 
+def expected(piece: str) -> str:
+    """How long the recorded runs of a piece took; empty for one without runs."""
+    if "/" not in piece:
+        return ""
+    minutes = sum(run.manifest["seconds"] for run in recorded.read(*piece.split("/"))) / 60
+    return f": the recorded runs took {minutes:.0f} minutes together"
+
+
 def make(names: Sequence[str], given: Mapping[str, object], keep: bool) -> None:
     """Compute the pieces with these names, or all, and print how far each run is from the one that is kept.
 
@@ -103,5 +113,6 @@ def make(names: Sequence[str], given: Mapping[str, object], keep: bool) -> None:
         if keep:
             recorded.write(run, *piece.split("/"))
 
-    for piece in names or known:
+    for n, piece in enumerate(names or known, 1):
+        LOG.info("%s, piece %d of %d%s", piece, n, len(names or known), expected(piece))
         known[piece](lambda run, piece=piece: told(piece, run))

@@ -17,6 +17,7 @@ from lddyn.data import preferences
 from lddyn.data.responses import Example
 from lddyn.data.rows import is_text
 from lddyn.engine import store
+from lddyn.engine.pool import counted
 
 PROMPTS = {
     "semantic": """Write the text below again in your own words. It must say the same: keep every fact, name and \
@@ -105,11 +106,11 @@ def rephrase(
         split, n, kind = task
         return rephrasing(ask, kind, examples[split][n][KINDS[kind][0]], attempts)
 
-    pool = ThreadPoolExecutor(workers)
+    threads = ThreadPoolExecutor(workers)
     try:
-        written = dict(zip(tasks, pool.map(write, tasks), strict=True))
+        written = dict(zip(tasks, counted(threads.map(write, tasks), "answers", len(tasks)), strict=True))
     finally:
-        pool.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
     left_out = [
         {"id": examples[split][n]["id"], "split": split, "type": kind, "why": why}
         for (split, n, kind), (_, why) in written.items()

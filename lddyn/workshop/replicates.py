@@ -41,7 +41,9 @@ def record(scale: str, data: Mapping[str, str], given: Mapping[str, Any]) -> str
     data: names and files of more data sets; given: settings in place of those of the scale.
     """
     rows, runs = [], []
-    for base, (name, file) in itertools.product(BASES, (halves() | dict(data)).items()):
+    each_data = halves() | dict(data)
+    total = len(BASES) * len(each_data)
+    for base, (name, file) in pool.counted(itertools.product(BASES, each_data.items()), "replicates", total, every=0):
         how = {**given, "seeds": 1, "model": str(models.builtin("small", base)), "data": file}
         how["n_train"] = len(preferences.load(file, "train", given.get("n_train")))
         mine = _runs(scale, how)

@@ -12,10 +12,10 @@ import contextlib
 import importlib
 import itertools
 import json
+import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from lddyn.chapters import claims, sentences
 from lddyn.engine import cache, pool, settings, store
 from lddyn.workshop import estimate, launch, report, tune
 
+LOG = logging.getLogger("lddyn")
 FOLDER = store.BOOK / "sweeps"
 ENGINES = ("processes", "dask", "submitit")
 KEYS = ("title", "settings", "set", "over", "statistics")
@@ -91,7 +92,7 @@ def engine(name: str, workers: int | None = None, address: str | None = None):
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES)
     if name == "processes":
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=pool.as_worker) as workers_here:
+        with pool.processes(workers or os.cpu_count() or 1) as workers_here:
             yield workers_here
         return
     try:
@@ -116,7 +117,7 @@ def run_all(jobs: Sequence[tuple[tune.Tune, dict[str, Path]]], executor, threads
     """The records of all jobs, in order. What finished stays when another fails; the first failure is raised last."""
     root, runs, failures = store.runs_root().absolute(), [], []
     futures = [executor.submit(cache.run, tune.tune, *job, threads=threads, root=root) for job in jobs]
-    for future in futures:
+    for future in pool.counted(futures, "runs", len(futures)):
         try:
             runs.append(future.result())
         except Exception as error:  # each engine has its own
@@ -146,6 +147,9 @@ def sweep(
     store.writable(out)
     cores = os.cpu_count() or 1
     threads = cores // min(workers or cores, cores, len(chosen)) if engine_name == "processes" else 1
+    hours = sum(estimate.estimate(each).hours for each in chosen) / (cores // threads)
+    time_here = "unknown time, no such device here" if math.isnan(hours) else f"about {estimate.duration(hours)}"
+    LOG.info("%d runs, %s where none is cached", len(chosen), time_here)
     with engine(engine_name, workers, address) as executor:
         runs = run_all([launch.job(each) for each in chosen], executor, threads)
     rows = [row(each, plan, run) for each, run in zip(chosen, runs, strict=True)]

@@ -75,6 +75,17 @@ def test_each_run_is_told_as_soon_as_it_is_there(tmp_path, monkeypatch):
     assert [r.folder for r in told] == [runs[0].folder, *(r.folder for r in after)]
 
 
+def test_what_takes_long_says_how_much_is_left(caplog, monkeypatch):
+    caplog.set_level("INFO", "lddyn")
+    clock = iter([0.0, 70.0, 80.0, 140.0])
+    monkeypatch.setattr(pool.time, "monotonic", lambda: next(clock))
+    assert list(pool.counted("abc", "runs", 3)) == ["a", "b", "c"]
+    assert caplog.messages == ["1 of 3 runs, 2.3 min left"]  # not after ten seconds more, nor at the end
+    clock = iter([0.0, 60.0])
+    assert list(pool.stages({"first": 1, "second": 3})) == ["first", "second"]
+    assert caplog.messages[1:] == ["1 of 2, first", "2 of 2, second, 3.0 min left"]
+
+
 def test_progress_says_where_a_training_is_and_how_far_it_has_moved(caplog, tmp_path):
     (tmp_path / "manifest.json").touch()
     parts = [

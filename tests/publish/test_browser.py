@@ -226,7 +226,9 @@ def test_the_image_stays_for_paper_and_without_a_script(site, browser):
     assert shown.is_visible() and not image.is_visible()
     page.emulate_media(media="print")
     assert image.is_visible() and not shown.is_visible()
-    assert not page.locator("figure .under").first.is_visible() and page.locator("#fig-05-kinds figcaption").is_visible()
+    assert (
+        not page.locator("figure .under").first.is_visible() and page.locator("#fig-05-kinds figcaption").is_visible()
+    )
     page.close()
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
@@ -329,6 +331,17 @@ def test_two_alike_contexts_show_dpo_lowering_the_chosen_token(site, browser):
     page.click("#pg-case-far-unlikely")
     assert "the chosen token has gained" in page.locator("#pg-said").inner_text()
     page.click("#pg-case-near-likely")
+    assert "the chosen token has lost" in page.locator("#pg-said").inner_text()
+    page.close()
+
+
+@pytest.mark.parametrize("chapter", ["04_squeezing", "05_dpo"])
+def test_a_sentence_leads_to_where_dpo_lowers_the_chosen_token(site, browser, chapter):
+    page = browser.new_page()
+    page.goto(f"{site}notebooks/{chapter}.html")
+    page.locator("article a[href*='#playground=two']").and_(page.get_by_text("DPO lower")).click()
+    page.wait_for_url("**/04_squeezing.html#playground=two*")
+    assert page.locator("#pg-two").is_checked() and page.locator("#pg-raised").input_value() == "5"
     assert "the chosen token has lost" in page.locator("#pg-said").inner_text()
     page.close()
 

@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from lddyn.chapters import style
+from lddyn.chapters.extend import figures as extend
 from lddyn.data.responses import RESPONSE_TYPES
 from lddyn.engine import recorded, store
 from lddyn.publish import curves, paper_scale
@@ -75,6 +76,20 @@ def test_models_side_by_side_keep_their_own_steps_and_seeds():
         assert seeds == {"small": 2, "SmolLM2": len(recorded.read("03_sft", "main"))}
         steps = {panel["steps"] for panel in view["panels"]}
         assert steps == {2.0, float(store.steps_per_epoch(recorded.read("03_sft", "main")))}
+
+
+def test_released_logs_of_sft_and_dpo_are_joined_where_dpo_starts():
+    (logs,) = curves._stage_logs()
+    figure = extend.two_stages(logs.table, *logs.stages)
+    view = curves._view(logs, "sum", style.panels(figure))
+    plt.close(figure)
+    of_owner = [run for run in paper_scale.runs("extend_sft", "extend_dpo") if run["repository"].startswith("xzy")]
+    runs = {run["kind"]: run["curves"] for run in of_owner}
+    panel, extended = found(view, "extended")
+    assert [one["name"] for one in panel["series"]] == ["baseline", "extended"] and panel["title"] == "chosen"
+    assert extended["x"][0] == -1 and extended["x"][-1] == 1 and extended["y"][0] == 0
+    assert extended["y"][-1] == pytest.approx(runs["extend_sft"]["chosen"][-1] + runs["extend_dpo"]["chosen"][-1])
+    assert panel["y"] == "change of log π since the start of SFT (nats)" and panel["marks"] == [0.0]
 
 
 def test_other_figures_have_no_views():

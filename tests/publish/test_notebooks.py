@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,23 @@ def test_a_caution_of_ours_is_shown_as_one_and_a_clean_notebook_passes(tmp_path,
     monkeypatch.setattr(notebooks, "notebook_path", lambda name: source)
     assert build._execute("n", out, "smoke", "fingerprint") is None
     assert "Caution.</strong> 3 &lt;rows&gt;" in out.read_text()
+
+
+def test_a_notebook_says_how_far_it_is_also_where_its_output_is_a_file(tmp_path, capsys):
+    running, told = notebook(tmp_path / "n.ipynb", "print(lr)", "lr * 2"), ""
+    content = json.loads(running.read_text())
+    content["cells"][0]["metadata"]["papermill"] = {"status": "completed"}
+    running.write_text(json.dumps(content))
+    with notebooks._telling("n", running, every=0.01):
+        until = time.monotonic() + 60
+        while not told and time.monotonic() < until:
+            told = capsys.readouterr().err
+    assert told.startswith("lddyn: n: 1 of 3 cells, 0.0 min")
+
+
+def test_what_a_chapter_takes_here_is_reckoned_from_recorded_times_and_the_rate_of_this_machine(monkeypatch):
+    recorded = {"seconds": {"smoke": {"a": 60, "b": 240}}, "gflops": 300}
+    monkeypatch.setattr(notebooks, "times", lambda: recorded)
+    monkeypatch.setattr(notebooks.estimate, "measured_rate", lambda *_, **__: 100e9)
+    assert notebooks.expected(["a", "b"], "smoke") == "about 15 min"
+    assert notebooks.expected(["a"], "paper") == "hours to days"
