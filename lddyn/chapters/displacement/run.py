@@ -20,7 +20,7 @@ from lddyn.theory import losses, policy, softmax
 SCALES = {
     "smoke": {"seeds": 2, "size": "tiny", "updates": 8, "prompts": 2, "samples": 4, "asked": 4, "probed": 4,
               "forgotten": 4, "unlearning_updates": 6, "draws": 20},
-    "laptop": {"seeds": 5, "size": "world", "updates": 12, "prompts": 6, "samples": 8, "asked": 16, "probed": 16,
+    "laptop": {"seeds": 5, "size": "world", "updates": 12, "prompts": 6, "samples": 8, "asked": 12, "probed": 12,
                "forgotten": 16, "unlearning_updates": 16, "draws": 200},
     "paper": {"seeds": 20, "size": "world", "updates": 96, "prompts": 16, "samples": 16, "asked": 128, "probed": 64,
               "forgotten": 128, "unlearning_updates": 96, "draws": 2000},
@@ -57,7 +57,7 @@ class Chapter:
     draws: int
     first_seed: int = 0
     reuse: int = 6
-    lr: float = 0.04
+    lr: float = 0.02
     unlearning_lr: float = 0.01
     beta: float = 0.1
     clip: float = 10.0
