@@ -1,4 +1,4 @@
-"""Policy gradients as forces: what a sampled answer is pushed or pulled with (Shao et al., 2024; Schulman et al., 2017).
+"""Policy gradients as forces: how a sampled answer is pushed or pulled (Shao et al., 2024; Schulman et al., 2017).
 
 An answer y with advantage a contributes -a log pi(y) to the loss, so that its residual is that of every loss here,
 G = force * (pi - y), with the force a times how much likelier the answer has become since it was sampled. A right

@@ -18,8 +18,8 @@ from lddyn.engine.settings import choose, derive
 from lddyn.theory import losses, policy, softmax
 
 SCALES = {
-    "smoke": {"seeds": 2, "size": "tiny", "updates": 8, "prompts": 2, "samples": 4, "asked": 4, "probed": 4,
-              "forgotten": 4, "unlearning_updates": 6, "draws": 20},
+    "smoke": {"seeds": 2, "size": "world", "updates": 4, "prompts": 2, "samples": 4, "asked": 2, "probed": 2,
+              "forgotten": 4, "unlearning_updates": 4, "draws": 20},
     "laptop": {"seeds": 5, "size": "world", "updates": 12, "prompts": 6, "samples": 8, "asked": 12, "probed": 12,
                "forgotten": 16, "unlearning_updates": 16, "draws": 200},
     "paper": {"seeds": 20, "size": "world", "updates": 96, "prompts": 16, "samples": 16, "asked": 128, "probed": 64,
