@@ -267,7 +267,8 @@ def _claims(a) -> int:
         print(json.dumps(entries, indent=1))
     else:
         for e in entries:
-            print(f"{e['id']:>2}  {e['verdict']:<15} {e['claim']}\n    {'':<15} {e['reason']}")
+            claim = f"{e['claim']} (beyond the paper)" if e["group"] else e["claim"]
+            print(f"{e['id']:>2}  {e['verdict']:<15} {claim}\n    {'':<15} {e['reason']}")
     return 0
 
 

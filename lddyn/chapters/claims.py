@@ -121,7 +121,7 @@ def _verdict(entry: Mapping, published: Mapping[str, dict], tables) -> dict:
     commands = [f"sweep book/sweeps/{entry['sweep']}.yml" if "sweep" in entry else f"run {name}" for name in missing]
     reasons = [sentence(part) for part in judged] + [f"no record: python -m lddyn {words}" for words in commands]
     return {
-        **{k: entry.get(k) for k in ("id", "claim", "source", "paper", "authors", "chapter", "see")},
+        **{k: entry.get(k) for k in ("id", "group", "claim", "source", "paper", "authors", "chapter", "see")},
         **_why(entry, published, tables),
         "elsewhere": missing,
         "ours": judged[0]["ours"] if judged else None,
@@ -217,6 +217,11 @@ def sentence_on_recorded(part: Mapping) -> str:
 def on_real_model(published: Mapping[str, dict]) -> list[dict]:
     """The claims of which something is measured in runs on the real model (`recorded.published`), judged there."""
     return [e for e in verdicts(published) if e["scale"] == recorded.SCALE and e["verdict"] != "not attempted"]
+
+
+def of_group(entries: Iterable[dict], group: str | None = None) -> list[dict]:
+    """The claims of a group: of none, those of the paper; `beyond`, those of others that chapter 8 tests."""
+    return [entry for entry in entries if entry.get("group") == group]
 
 
 def measured(entries: Iterable[Mapping], chapter: str) -> list[dict]:

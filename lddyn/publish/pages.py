@@ -107,8 +107,9 @@ def write_across(shown: dict[str, dict]) -> None:
     _write("softening.md", table=display.table(mean.sort_values("won")))
 
 
-def write_scorecard(entries: list[dict]) -> None:
-    """The page with every claim and its verdict at three scales, and a summary of them."""
+def write_scorecard(judged: list[dict]) -> None:
+    """The page with every claim and its verdict at three scales, and a summary; those beyond the paper stand apart."""
+    entries, beyond = claims.of_group(judged), claims.of_group(judged, "beyond")
     real = claims.on_real_model(recorded.published())
     identities = [e for e in entries if e["grade"] == "identity"]
     by_verdict = {v: [e for e in entries if e["verdict"] == v and e not in identities] for v in claims.VERDICTS}
@@ -138,6 +139,9 @@ def write_scorecard(entries: list[dict]) -> None:
         ),
         replicates=_replicates_in_words(),
         table=claims.as_html(entries, links=_figure_address, real=real),
+        beyond_count=len(beyond),
+        beyond_counts=", ".join(f"{sum(e['verdict'] == v for e in beyond)} {v}" for v in claims.VERDICTS),
+        beyond_table=claims.as_html(beyond, links=_figure_address),
     )
 
 
@@ -149,9 +153,9 @@ def _replicates_in_words() -> str:
     return f"{bases} base models times {data} sets of data, recorded"
 
 
-def write_found(entries: list[dict]) -> list[str]:
+def write_found(all_judged: list[dict]) -> list[str]:
     """What was found, for the first page; returns what it asserts and the recorded runs do not bear out."""
-    real = recorded.published()
+    real, entries = recorded.published(), claims.of_group(all_judged)
     judged = [e for e in entries if e["grade"] != "identity"]
     identities = [e for e in entries if e["grade"] == "identity"]
 

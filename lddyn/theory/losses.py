@@ -58,6 +58,16 @@ def unlearning_force(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_r
     return torch.zeros_like(chosen), -torch.ones_like(rejected)
 
 
+def npo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number, beta: float = 0.1) -> Tensor:
+    """-(2 / beta) log sigmoid(-beta r-): unlearning that knows where it started (Zhang et al., 2024)."""
+    return -2 / beta * logsigmoid(-beta * (rejected - ref_rejected))
+
+
+def npo_force(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number, beta: float = 0.1) -> Forces:
+    """-2 sigmoid(beta r-) on rejected: that of unlearning at the start; it halves, about, every log(2) / beta nats."""
+    return torch.zeros_like(chosen), -2 * torch.sigmoid(beta * (rejected - ref_rejected))
+
+
 def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Number, ref_rejected: Number, beta: float = 0.1) -> Tensor:
     """-log sigmoid(beta h) (eq. 6)."""
     return -logsigmoid(beta * margin(chosen, rejected, ref_chosen, ref_rejected))
@@ -319,6 +329,7 @@ LOSSES = {
     "dpop": Loss(dpop_loss, dpop_force, title="DPOP"),
     "rpo": Loss(rpo_loss, rpo_force, "sigmoid+sft", "RPO"),
     "unlearning": Loss(unlearning_loss, unlearning_force, title="NLL unlearning"),
+    "npo": Loss(npo_loss, npo_force),
     "ipo": Loss(mean_ipo_loss, trl="ipo"),
     "hinge": Loss(hinge_loss, trl="hinge"),
     "robust": Loss(robust_loss, trl="robust"),

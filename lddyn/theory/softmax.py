@@ -34,11 +34,33 @@ def sparsemax(z: Tensor) -> Tensor:
     return (z - total.gather(-1, support - 1) / support).clamp(min=0)
 
 
+def entmax(z: Tensor) -> Tensor:
+    """1.5-entmax, between softmax and sparsemax (Peters et al., 2019): (z / 2 - tau)^2, where that is not negative.
+
+    tau, for which the sum is 1, solves a quadratic equation on the k largest logits; the right k is the last one whose
+    smallest logit is still above its tau.
+    """
+    half = (z - z.amax(-1, keepdim=True)) / 2
+    ordered = half.sort(-1, descending=True).values
+    count = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype)
+    mean, square = ordered.cumsum(-1) / count, ordered.square().cumsum(-1) / count
+    tau = mean - (1 / count - (square - mean.square())).clamp(min=0).sqrt()
+    support = (tau <= ordered).sum(-1, keepdim=True)
+    return (half - tau.gather(-1, support - 1)).clamp(min=0).square()
+
+
+OUTPUTS = {  # the alpha of each in the family of entmax, and its logits of a distribution p, up to a constant
+    "softmax": (1.0, softmax, torch.log),
+    "entmax": (1.5, entmax, lambda p: 2 * p.sqrt()),
+    "sparsemax": (2.0, sparsemax, lambda p: p),
+}
+
+
 def step(z: Tensor, y: Tensor, eta: Number, outputs: Callable[[Tensor], Tensor] = softmax) -> Tensor:
     """The logits after one step, z - eta' (p - e_y), p = outputs(z).
 
-    `outputs` may also be `sparsemax` or `torch.sigmoid`: with the loss that belongs to each (sparsemax loss, binary
-    cross-entropy of every label) the residual is p - e_y again.
+    `outputs` may also be `sparsemax`, `entmax` or `torch.sigmoid`: with the loss that belongs to each (sparsemax loss,
+    entmax loss, binary cross-entropy of every label) the residual is p - e_y again.
     """
     return z - eta * losses.sft(outputs(z), y)
 
@@ -71,6 +93,18 @@ def threshold(logp: Tensor, y: Tensor, eta: Number) -> Tensor:
     """
     g = losses.sft(logp.exp(), y)
     return (logp - eta * g).logsumexp(-1) / -torch.as_tensor(eta, dtype=logp.dtype).squeeze(-1)
+
+
+def bar(p: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
+    """The probability above which a label of the support other than y rises in a small negative step. (...).
+
+    dp = (diag(s) - s s^T / sum s) dz with s = p^(2 - alpha) on the support (Peters et al., 2019), so that label i rises
+    where p_i > (sum_j s_j p_j - s_y) / sum_j s_j. Softmax: ||p||^2 - p_y. Sparsemax: 0 while y is in the support, and
+    one over the size of the support once it is not.
+    """
+    s = torch.where(p > 0, p ** (2 - alpha), 0.0)
+    at_y = s.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    return ((s * p).sum(-1) - at_y) / s.sum(-1)
 
 
 def top_other(p: Tensor, y: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ SETTINGS = {
     "rpo": {"beta": 0.3, "alpha": 0.7, "chosen_length": 6},
     "cdpo": {"beta": 0.3, "label_smoothing": 0.2},
     "gated": {"beta": 0.3, "rejected_length": 6},
+    "npo": {"beta": 0.3},
 }
 WITH_FORCE = [name for name, loss in losses.LOSSES.items() if loss.force]
 
