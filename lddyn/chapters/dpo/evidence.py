@@ -295,7 +295,7 @@ def contrasts(ends: pd.DataFrame) -> dict[str, pd.DataFrame]:
     lengths = lengths[lengths.sft_epochs > 0]
     rates = rates[rates.lr.isin(rates.lr[rates.pairs != "as_written"])]  # of the rates those that are crossed
     small, large = rates.lr.min(), rates.lr.max()
-    fast, style = rates[rates.lr == large], rates.pairs == "style"
+    fast, style = _fast(ends), rates.pairs == "style"
     found = {
         f"{kind} pairs, not as written": (fast, "pairs", kind, "as_written")
         for kind in fast.pairs.unique()
@@ -309,6 +309,12 @@ def contrasts(ends: pd.DataFrame) -> dict[str, pd.DataFrame]:
         of: (runs.groupby(["seed", by])[columns].mean(), by, *ab) for of, (runs, by, *ab) in found.items() if len(runs)
     }
     return {of: mean.xs(high, level=by) - mean.xs(low, level=by) for of, (mean, by, high, low) in means.items()}
+
+
+def _fast(ends: pd.DataFrame) -> pd.DataFrame:
+    """The kinds of pairs at the larger of the learning rates that they are crossed with."""
+    rates = vary(ends, "pairs", "lr")
+    return rates[rates.lr == rates.lr[rates.pairs != "as_written"].max()]
 
 
 def effects(ends: pd.DataFrame) -> pd.DataFrame:
@@ -333,9 +339,14 @@ def end_effect(ends: pd.DataFrame, setting: str, columns: Sequence[str]) -> floa
 
 def top_end(ends: pd.DataFrame, pairs: str, end: str = "min") -> float:
     """Smallest or largest over PATHS of the end change of y* with one kind of pairs, at the larger rate, nats."""
-    rates = vary(ends, "pairs", "lr")
-    rows = rates[(rates.pairs == pairs) & (rates.lr == rates.lr.max())]
-    return float(needed(rows)[[f"y* along {path}" for path in PATHS]].agg(end, axis=1).iloc[0])
+    fast = _fast(ends)
+    return float(needed(fast[fast.pairs == pairs])[[f"y* along {path}" for path in PATHS]].agg(end, axis=1).iloc[0])
+
+
+def pairs_end(ends: pd.DataFrame, pairs: str, column: str, than: str) -> float:
+    """End change of a column with one kind of pairs minus that with another, at the larger rate, nats."""
+    at = needed(_fast(ends).set_index("pairs")[column], pairs, than)
+    return float(at[pairs] - at[than])
 
 
 def extreme_end(ends: pd.DataFrame, columns: Sequence[str], end: str = "max") -> float:
