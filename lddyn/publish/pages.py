@@ -17,7 +17,7 @@ from lddyn.chapters.variants.figures import softening
 from lddyn.data import preferences, responses
 from lddyn.engine import gguf, recorded, released, store
 from lddyn.publish import across, display, figures, paper_scale, status
-from lddyn.workshop import estimate, launch, preflight_worth, sweep
+from lddyn.workshop import estimate, launch, preflight_advice, preflight_worth, sweep
 
 BOOK = store.ROOT / "book"
 EXECUTED = BOOK / "notebooks"
@@ -312,7 +312,20 @@ def write_sweeps() -> None:
 
 def write_preflight() -> None:
     """The page about `lddyn preflight`: forecasts and training on recorded settings, and what the advice did."""
-    _write("preflight.md", records="\n\n".join(map(preflight_record, preflight_worth.recorded())))
+    advice, made = store.kept("recorded/preflight/advice")
+    _write(
+        "preflight.md",
+        records="\n\n".join(map(preflight_record, preflight_worth.recorded())),
+        rate=f"{advice.lr.max():g}",
+        pairs=advice.trained.max(),
+        held_out=preflight_advice.HELD_OUT,
+        orders=advice.orders.max(),
+        settings=int((advice.way == "all").sum()),
+        seeds=advice.seed.nunique(),
+        advice="\n".join(f"- {sentence}" for sentence in preflight_advice.verdict(advice)),
+        summary=display.table(preflight_advice.summary(advice)),
+        origin=store.in_words(made),
+    )
 
 
 def preflight_record(record: preflight_worth.Recorded) -> str:

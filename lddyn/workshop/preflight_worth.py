@@ -168,34 +168,37 @@ def rivals(model: Model, pairs: Pairs, logps: torch.Tensor) -> dict[str, torch.T
 
 
 def record(
-    data: str = "builtin", model: str = "builtin", seeds: Sequence[int] = SEEDS, given: Mapping[str, Any] | None = None
+    data: str = "builtin",
+    model: str = "builtin",
+    seeds: Sequence[int] | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> str:
     """Compute all settings of a model and data, or read them from the cache, and write a table for each seed.
 
     A table is written again after each setting. The built-in model is trained at two rates, on the built-in data also
-    after SFT; any other at one rate, in one order. `given`: settings of `Worth`, and of the SFT before, in place of
-    those of chapter 5. Returns one line.
+    after SFT and with both of `SEEDS`; other models at one rate, in one order. `given`: settings of `Worth`, and of the
+    SFT before, in place of those of chapter 5. Returns one line.
     """
     small, given = model == "builtin", dict(given or {})
+    own = small and data == "builtin"
     chapter = dpo.settings("laptop" if small else "pretrained", {"data": data, "model": model} | given)
     files, (first,) = recipe.files(chapter), preferences.load(data, "train", 1)
     kinds = [kind for kind, source in PAIRS.items() if source in first]
     rates = (chapter.few_lr / 4, chapter.few_lr) if small else (chapter.few_lr,)  # chosen falls at the larger one
+    names = {"model": Path(model).name, "data": Path(data).stem}
     written = []
-    for seed in seeds:
+    for seed in seeds or SEEDS[: 1 + own]:
         settings = grid(chapter, seed, kinds, rates, given)
-        if small and data == "builtin":
+        if own:
             (stage,) = pool.run_all(recipe.stages, recipe.stage_grid(chapter, [chapter.sft_short], [seed]), files)
             tuned = {"stage": str(stage.folder), "sft_epochs": chapter.sft_short}
-            settings = [*settings, *(replace(s, **tuned) for s in settings)]
-        path = RECORDED / f"{Path(model).name}-{Path(data).stem}-{seed}.json"
-        runs: list[store.Run] = []
+            settings += [replace(s, **tuned) for s in settings]
+        path, runs = RECORDED / f"{'-'.join(names.values())}-{seed}.json", []
         for s in settings:
             runs.append(cache.run(compare, s, files))
-            names = {"model": Path(model).name, "data": Path(data).stem}
             store.keep(path, [names | measured(run) for run in runs], runs)
-        written.append(str(path.relative_to(store.SOURCES)))
-    return f"{len(settings)} settings each: {', '.join(written)}"
+        written.append(f"{len(runs)} settings: {path.relative_to(store.SOURCES)}")
+    return "\n".join(written)
 
 
 def grid(
