@@ -21,6 +21,7 @@ from lddyn.workshop import (
     estimate,
     launch,
     preflight,
+    preflight_advice,
     preflight_page,
     preflight_worth,
     pretrained,
@@ -103,7 +104,10 @@ def parser() -> argparse.ArgumentParser:
     )
     before.add_argument("--report", type=Path, help="HTML file to write too")
     before.add_argument("--json", action="store_true", help="print all numbers instead of words")
-    before.add_argument("--worth", action="store_true", help="record again how well forecasts come true, for the book")
+    before.add_argument(
+        "--worth", nargs="?", const="forecasts", choices=("forecasts", "advice"),
+        help="record for the book how well forecasts come true on this data and model, or what the advice does",
+    )  # fmt: skip
 
     book = commands.add_parser("book", help="execute every stale notebook and build the book")
     book.add_argument("--scale", default="laptop")
@@ -227,7 +231,7 @@ def _rephrase(a) -> int:
 def _preflight(a) -> int:
     pool.show_progress()
     if a.worth:
-        print(preflight_worth.record())
+        print(preflight_advice.record() if a.worth == "advice" else preflight_worth.record(a.data, a.model))
         return 0
     if a.report:
         store.writable(a.report)

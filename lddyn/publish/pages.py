@@ -17,7 +17,7 @@ from lddyn.chapters.variants.figures import softening
 from lddyn.data import preferences, responses
 from lddyn.engine import gguf, recorded, released, store
 from lddyn.publish import across, display, figures, paper_scale, status
-from lddyn.workshop import estimate, launch, preflight_worth, sweep
+from lddyn.workshop import estimate, launch, preflight_advice, preflight_worth, sweep
 
 BOOK = store.ROOT / "book"
 EXECUTED = BOOK / "notebooks"
@@ -315,8 +315,25 @@ def write_sweeps() -> None:
 
 
 def write_preflight() -> None:
-    """The page about `lddyn preflight`: what it forecast on recorded settings, and what training did then."""
-    table, made = store.kept("recorded/preflight")
+    """The page about `lddyn preflight`: forecasts and training on recorded settings, and what the advice did."""
+    advice, made = store.kept("recorded/preflight/advice")
+    _write(
+        "preflight.md",
+        records="\n\n".join(map(preflight_record, preflight_worth.recorded())),
+        rate=f"{advice.lr.max():g}",
+        pairs=advice.trained.max(),
+        held_out=preflight_advice.HELD_OUT,
+        orders=advice.orders.max(),
+        settings=int((advice.way == "all").sum()),
+        seeds=advice.seed.nunique(),
+        advice="\n".join(f"- {sentence}" for sentence in preflight_advice.verdict(advice)),
+        summary=display.table(preflight_advice.summary(advice)),
+        origin=store.in_words(made),
+    )
+
+
+def preflight_record(record: preflight_worth.Recorded) -> str:
+    """What is recorded of a model and data, as Markdown: in words, and a table of ranks and one of means."""
     shared = {"between_orders": "between orders", "attainable": "attainable"}
     ranks = shared | {"forecast": "forecast", "slope": "first order"} | preflight_worth.RIVALS
     kinds, of = (
@@ -324,18 +341,20 @@ def write_preflight() -> None:
         {"change": "measured", "forecast": "forecast"},
     )
     means = {f"{kind}_{one}": f"{name}, {word}" for kind, name in kinds.items() for one, word in of.items()}
+    table = record.table
     rows = table.assign(setting=table.pairs + ", " + table.start).set_index(["setting", "lr", "seed"])
-    _write(
-        "preflight.md",
-        verdict=preflight_worth.verdict(table),
-        settings=len(table),
-        pairs=table.trained.max(),
-        orders=table.orders.max(),
-        lr=" and ".join(f"{rate:g}" for rate in sorted(table.lr.unique())),
-        ranks=display.table(rows[list(ranks)].rename(columns=ranks), digits=2),
-        means=display.table(rows[["margin", *means]].rename(columns=means)),
-        calibration=preflight_worth.calibration(table).replace("y*", r"y\*"),
-        origin=store.in_words(made),
+    return "\n\n".join(
+        [
+            f"### Model {record.model}, data {record.data}",
+            f"{len(table)} settings of {table.trained.max()} pairs in {table.orders.max()} random orders. "
+            + preflight_worth.verdict(table),
+            "Spearman correlations over pairs with the measured change of the chosen answers:",
+            display.table(rows[list(ranks)].dropna(axis=1, how="all").rename(columns=ranks), digits=2),
+            "Means in nats, summed over a response, at the margin that was measured:",
+            display.table(rows[["margin", *means]].rename(columns=means)),
+            preflight_worth.calibration(table).replace("y*", r"y\*"),
+            *map(store.in_words, record.made),
+        ]
     )
 
 

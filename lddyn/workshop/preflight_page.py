@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lddyn.engine import store
-from lddyn.workshop import preflight_worth
+from lddyn.workshop import preflight_advice, preflight_worth
 from lddyn.workshop.report import STYLE
 
 STYLE_FROM = 0.7  # accuracy of a bag of words from which pairs are called separable by style
@@ -69,7 +69,7 @@ def advice(found: dict[str, Any]) -> list[str]:
         told.append("The pairs differ in style: answers that differ in content alone would push less text together.")
     if off_policy(found) > OFF_POLICY:
         told.append("The answers are off-policy: pairs of the model's own samples would lie where it is likely to go.")
-    return told
+    return [*told, preflight_advice.sentence()]
 
 
 def off_policy(found: dict[str, Any]) -> float:

@@ -1,7 +1,7 @@
-"""What `preflight` is worth: forecasts beside what training did, pair by pair, on settings of the built-in model.
+"""What `preflight` is worth: forecasts beside what training did, pair by pair, on settings of several models and data.
 
-A setting is a kind of pairs, from the base model or after a short SFT. On each, DPO is run for one epoch from the same
-start in several random orders of the pairs, and the mean change of each chosen answer over the orders is what a
+A setting is a kind of pairs, a learning rate, and a start: the model itself, or a short SFT of it. On each, DPO is run
+for one epoch in several random orders of the pairs, and the mean change of each chosen answer over the orders is what a
 forecast can know: it does not know the order. What each order shares with the others says how much there is to know.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,10 +18,10 @@ from scipy.stats import spearmanr
 
 from lddyn.chapters.dpo import run as dpo
 from lddyn.chapters.dpo.evidence import PAIRS, paired
-from lddyn.data import preferences
-from lddyn.engine import models, pool, recipe, store
+from lddyn.data import preferences, responses
+from lddyn.engine import cache, models, pool, recipe, store
 from lddyn.engine.callback import ProbeCallback
-from lddyn.engine.probe_set import ProbeSet
+from lddyn.engine.probe_set import Model, ProbeSet, Tokenizer
 from lddyn.engine.settings import derive, lengths
 from lddyn.engine.training import Training, dpo_rows, train
 from lddyn.theory import influences, kernels
@@ -29,8 +29,8 @@ from lddyn.theory.first_order import Text
 from lddyn.workshop import forecast
 from lddyn.workshop.forecast import How, Pairs
 
-RECORDED = store.BOOK / "recorded" / "preflight.json"
-SEEDS = (400,)  # of the SFT and of the pairs that are drawn; no other run has it
+RECORDED = store.BOOK / "recorded" / "preflight"  # a file for each model, data and seed
+SEEDS = (400, 401)  # of the SFT and of the pairs that are drawn; no other run has them
 GOAL = 0.7  # a correlation from which a forecast is called useful
 ORDERS = (0, 1, 2, 3)  # seeds of the order of the pairs in training
 # each with its sign: what should rank with the change of the chosen answer
@@ -78,30 +78,13 @@ def compare(work: Path, s: Worth) -> pd.DataFrame:
     measured margin; `slope`: the first order alone; `RIVALS` (higher where the chosen answer should rise more). In nats
     summed over a response.
     """
-    start = str(Path(s.stage) / f"model-{s.sft_epochs}") if s.sft_epochs else s.model
-    lm, tokenizer = models.read(start, device=s.device, dtype=s.dtype)
-    pool_of_pairs = preferences.load(s.data, "train")
-    drawn = np.random.default_rng(s.seed).permutation(len(pool_of_pairs))[: s.n_train]
-    examples = paired([pool_of_pairs[i] for i in drawn], s.pairs)
-    others = preferences.load(s.data, "test", 16)
-    kept = ProbeSet([e["prompt"] for e in examples], {k: [e[k] for e in examples] for k in ("chosen", "rejected")})
-    ids, unseen = (
-        probes.encode(tokenizer, **lengths(s))
-        for probes in (kept, ProbeSet([e["prompt"] for e in others], {"chosen": [e["chosen"] for e in others]}))
-    )
-    pairs = Pairs(*(list(zip(ids.prompts, ids.responses[k], strict=True)) for k in ("chosen", "rejected")))
-    unpushed = list(zip(unseen.prompts, unseen.responses["chosen"], strict=True))
-
-    before, after = _logps(lm, pairs, unpushed), []
-    rows = dpo_rows(tokenizer, kept.prompts, kept.responses["chosen"], kept.responses["rejected"], **lengths(s))
-    for order in s.orders:
-        trained = models.snapshot(lm).requires_grad_(True)
-        callback = ProbeCallback(
-            ProbeSet(kept.prompts[:1], {"chosen": kept.responses["chosen"][:1]}), at=[0], thresholds=None
-        )
-        how = derive(Training, s, seed=order, method="dpo", checkpoints=1)
-        train(work / f"{order}", trained, tokenizer, rows, callback, how)
-        after.append(_logps(trained.eval(), pairs, unpushed))
+    lm, tokenizer = start(s)
+    examples, others = drawn(s, s.n_train), preferences.load(s.data, "test", 16)
+    pairs, unpushed = encoded(tokenizer, examples, s), encoded(tokenizer, others, s).chosen
+    before = logps(lm, pairs, unpushed)
+    after = [
+        logps(trained(work / f"{order}", lm, tokenizer, examples, s, order), pairs, unpushed) for order in s.orders
+    ]
     changes = [{kind: one[kind] - before[kind] for kind in before} for one in after]
     mean = {kind: torch.stack([c[kind] for c in changes]).mean(0) for kind in before}
     margin = (mean["chosen"] - mean["rejected"]).mean().item()
@@ -120,7 +103,43 @@ def compare(work: Path, s: Worth) -> pd.DataFrame:
     )
 
 
-def _logps(model: Any, pairs: Pairs, unpushed: Sequence[Text]) -> dict[str, torch.Tensor]:
+def start(s: Worth) -> tuple[Model, Tokenizer]:
+    """The model that a setting starts from, and its tokenizer."""
+    source = str(Path(s.stage) / f"model-{s.sft_epochs}") if s.sft_epochs else s.model
+    return models.read(source, device=s.device, dtype=s.dtype)
+
+
+def drawn(s: Worth, count: int) -> list[responses.Example]:
+    """The first `count` training examples in the order that the seed draws, with the pairs of the setting."""
+    examples = preferences.load(s.data, "train")
+    order = np.random.default_rng(s.seed).permutation(len(examples))
+    return paired([examples[i] for i in order[:count]], s.pairs)
+
+
+def _probes(examples: Sequence[responses.Example]) -> ProbeSet:
+    return ProbeSet([e["prompt"] for e in examples], {k: [e[k] for e in examples] for k in ("chosen", "rejected")})
+
+
+def encoded(tokenizer: Tokenizer, examples: Sequence[responses.Example], s: Worth) -> Pairs:
+    """Examples as token ids, cut at the limits of the setting."""
+    ids = _probes(examples).encode(tokenizer, **lengths(s))
+    return Pairs(*(list(zip(ids.prompts, ids.responses[k], strict=True)) for k in ("chosen", "rejected")))
+
+
+def trained(
+    work: Path, model: Model, tokenizer: Tokenizer, examples: Sequence[responses.Example], s: Worth, order: int
+) -> Model:
+    """A copy of the model after DPO on the examples, in the random order of the seed `order`."""
+    copy, probes = models.snapshot(model).requires_grad_(True), _probes(examples)
+    rows = dpo_rows(tokenizer, probes.prompts, probes.responses["chosen"], probes.responses["rejected"], **lengths(s))
+    callback = ProbeCallback(_probes(examples[:1]), at=[0], thresholds=None, **lengths(s))
+    how = derive(Training, s, seed=order, method="dpo", checkpoints=1)
+    train(work, copy, tokenizer, rows, callback, how)
+    return copy.eval()
+
+
+def logps(model: Model, pairs: Pairs, unpushed: Sequence[Text]) -> dict[str, torch.Tensor]:
+    """log pi of both answers of the pairs, of y* along chosen (`top`) and of unpushed texts, (texts,) each."""
     chosen = forecast.stats(model, pairs.chosen)
     return {
         "chosen": forecast.sums(chosen),
@@ -130,7 +149,7 @@ def _logps(model: Any, pairs: Pairs, unpushed: Sequence[Text]) -> dict[str, torc
     }
 
 
-def rivals(model: Any, pairs: Pairs, logps: torch.Tensor) -> dict[str, torch.Tensor]:
+def rivals(model: Model, pairs: Pairs, logps: torch.Tensor) -> dict[str, torch.Tensor]:
     """What else is said to tell which chosen answers rise, each so that more means a rise. (pairs,) each."""
     n = len(pairs.chosen)
     products = influences.products(model, pairs.chosen, [*pairs.chosen, *pairs.rejected]).products
@@ -148,30 +167,48 @@ def rivals(model: Any, pairs: Pairs, logps: torch.Tensor) -> dict[str, torch.Ten
 # --- the record ------------------------------------------------------------------------------------------------
 
 
-def record(given: Mapping[str, Any] | None = None, seeds: Sequence[int] = SEEDS) -> str:
-    """Compute all settings, or read them from the cache, and write their table; returns one line.
+def record(
+    data: str = "builtin",
+    model: str = "builtin",
+    seeds: Sequence[int] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> str:
+    """Compute all settings of a model and data, or read them from the cache, and write a table for each seed.
 
-    `given`: settings of `Worth`, and of the SFT before, in place of those of chapter 5 at laptop scale.
+    A table is written again after each setting. The built-in model is trained at two rates, on the built-in data also
+    after SFT and with both of `SEEDS`; other models at one rate, in one order. `given`: settings of `Worth`, and of the
+    SFT before, in place of those of chapter 5. Returns one line.
     """
-    chapter = dpo.settings("laptop", given or {})
-    stages = recipe.stage_grid(chapter, [chapter.sft_short], seeds)
-    once = {"n_train": chapter.few, "lr": chapter.few_lr / 4, "epochs": 1.0, "orders": ORDERS} | dict(given or {})
-    doses = (once["lr"], 4 * once["lr"])  # both are rates of chapter 5; at the larger one chosen answers fall there
+    small, given = model == "builtin", dict(given or {})
+    own = small and data == "builtin"
+    chapter = dpo.settings("laptop" if small else "pretrained", {"data": data, "model": model} | given)
+    files, (first,) = recipe.files(chapter), preferences.load(data, "train", 1)
+    kinds = [kind for kind, source in PAIRS.items() if source in first]
+    rates = (chapter.few_lr / 4, chapter.few_lr) if small else (chapter.few_lr,)  # chosen falls at the larger one
+    names = {"model": Path(model).name, "data": Path(data).stem}
+    written = []
+    for seed in seeds or SEEDS[: 1 + own]:
+        settings = grid(chapter, seed, kinds, rates, given)
+        if own:
+            (stage,) = pool.run_all(recipe.stages, recipe.stage_grid(chapter, [chapter.sft_short], [seed]), files)
+            tuned = {"stage": str(stage.folder), "sft_epochs": chapter.sft_short}
+            settings += [replace(s, **tuned) for s in settings]
+        path, runs = RECORDED / f"{'-'.join(names.values())}-{seed}.json", []
+        for s in settings:
+            runs.append(cache.run(compare, s, files))
+            store.keep(path, [names | measured(run) for run in runs], runs)
+        written.append(f"{len(runs)} settings: {path.relative_to(store.SOURCES)}")
+    return "\n".join(written)
 
-    def grid(stage: store.Run) -> list[Worth]:
-        start = {
-            "seed": stage.manifest["parameters"]["seed"],
-            "model": recipe.base_model(chapter),
-            "pairs": "as_written",
-        }
-        base = derive(Worth, chapter, **start, stage="", sft_epochs=0, **once)
-        tuned = replace(base, stage=str(stage.folder), sft_epochs=chapter.sft_short)
-        return [replace(how, pairs=kind, lr=lr) for lr in doses for how in (base, tuned) for kind in PAIRS]
 
-    runs = pool.run_then(recipe.stages, stages, compare, grid, recipe.files(chapter), workers=1)
-    rows = [measured(run) for run in runs]
-    store.keep(RECORDED, rows, runs)
-    return f"{len(rows)} settings: {RECORDED.relative_to(store.SOURCES)}"
+def grid(
+    chapter: dpo.Chapter, seed: int, kinds: Sequence[str], rates: Sequence[float], given: Mapping[str, Any]
+) -> list[Worth]:
+    """The settings of one seed that start from the model itself: each kind of pairs at each rate."""
+    orders = ORDERS if chapter.model == "builtin" else ORDERS[:1]
+    once = {"n_train": chapter.few, "epochs": 1.0, "orders": orders} | dict(given)
+    start = {"seed": seed, "model": recipe.base_model(chapter), "stage": "", "sft_epochs": 0}
+    return [derive(Worth, chapter, **once | start | {"lr": lr, "pairs": kind}) for lr in rates for kind in kinds]
 
 
 def measured(run: store.Run) -> dict[str, Any]:
@@ -180,6 +217,7 @@ def measured(run: store.Run) -> dict[str, Any]:
     chosen, p = wide["chosen"].dropna(), run.manifest["parameters"]
     orders = [chosen[name] for name in chosen if name.startswith("change_")]
     one_by_one = [spearmanr(a, b)[0] for n, a in enumerate(orders) for b in orders[:n]]
+    between = float(np.mean(one_by_one)) if one_by_one else None
     return {
         "pairs": p["pairs"],
         "start": f"{p['sft_epochs']} epochs of SFT" if p["sft_epochs"] else "base",
@@ -187,8 +225,8 @@ def measured(run: store.Run) -> dict[str, Any]:
         "lr": p["lr"],
         "trained": len(chosen),
         "orders": len(orders),
-        "between_orders": float(np.mean(one_by_one)),
-        "attainable": attainable(float(np.mean(one_by_one)), len(orders)),
+        "between_orders": between,
+        "attainable": None if between is None else attainable(between, len(orders)),
         **{name: float(spearmanr(chosen[name], chosen.change)[0]) for name in ("forecast", "slope", *RIVALS)},
         "margin": float((chosen.change - wide["rejected"].change.dropna()).mean()),
         **{f"{kind}_{metric}": float(wide[kind][metric].mean())
@@ -206,36 +244,68 @@ def attainable(between: float, orders: int) -> float:
     return float(np.sqrt(orders * shared / (1 + (orders - 1) * shared)))
 
 
+# --- in words --------------------------------------------------------------------------------------------------
+
+
+class Recorded(NamedTuple):
+    """What is recorded of a model and data."""
+
+    model: str
+    data: str
+    table: pd.DataFrame  # a row a setting, of all seeds
+    made: list[dict[str, Any]]  # the origin of each seed's
+
+
+def recorded() -> list[Recorded]:
+    """All that is recorded, the built-in model and data first."""
+    found: dict[tuple[str, str], list[tuple[pd.DataFrame, dict[str, Any]]]] = {}
+    for path in sorted(RECORDED.glob("*-*-*.json")):
+        table, made = store.kept(str(path.relative_to(store.BOOK).with_suffix("")))
+        found.setdefault((table.model[0], table.data[0]), []).append((table, made))
+    return [
+        Recorded(*of, pd.concat([table for table, _ in parts], ignore_index=True), [made for _, made in parts])
+        for of, parts in sorted(found.items(), key=lambda item: item[0] != ("builtin", "builtin"))
+    ]
+
+
 def sentence() -> str:
     """How far a forecast can be trusted, out of the record."""
-    if not RECORDED.exists():
-        return "How well such forecasts come true has not been recorded."
-    table = store.kept("recorded/preflight")[0]
-    rank, error = table.forecast, (table.chosen_forecast - table.chosen_change).abs()
-    return (
-        f"On {len(table)} recorded settings of the built-in model such forecasts ranked the changes of chosen answers "
-        f"with a Spearman correlation of {rank.median():.2f} ({rank.min():.2f} to {rank.max():.2f}), and missed their "
-        f"mean by {error.median():.1f} nats (at most {error.max():.1f}) at margins of {table.margin.min():.0f} to "
-        f"{table.margin.max():.0f}."
-    )
+    told = []
+    for model, data, table, _ in recorded():
+        rank, error = table.forecast, (table.chosen_forecast - table.chosen_change).abs()
+        told.append(
+            f"On {len(table)} recorded settings (model {model}, data {data}) such forecasts ranked the changes of "
+            f"chosen answers with a Spearman correlation of {rank.median():.2f} ({rank.min():.2f} to {rank.max():.2f}),"
+            f" and missed their mean by {error.median():.1f} nats (at most {error.max():.1f}) at margins of "
+            f"{table.margin.min():.0f} to {table.margin.max():.0f}."
+        )
+    return " ".join(told) or "How well such forecasts come true has not been recorded."
 
 
 def verdict(table: pd.DataFrame) -> str:
-    """Whether forecasts rank pairs better than the rivals, and by how much: of a recorded table, in words."""
+    """Whether forecasts rank pairs better than the rivals, and what does where they do not: of a table, in words."""
     n, rivals = len(table), table[list(RIVALS)]
     ahead = {name: int((table.forecast > table[name]).sum()) for name in RIVALS}
+    seeds = table.groupby("seed").forecast.median()
     told = [
         f"The forecast's correlation with what training did is {table.forecast.median():.2f} in the median, from "
         f"{table.forecast.min():.2f} to {table.forecast.max():.2f}; it is at least {GOAL} on "
-        f"{int((table.forecast >= GOAL).sum())} of {n} settings. As the orders differ among themselves, about "
-        f"{table.attainable.median():.2f} is attainable in the median, from {table.attainable.min():.2f}.",
-        "It ranks the pairs better than " + ", ".join(f"{RIVALS[name]} on {ahead[name]}" for name in RIVALS) + ".",
+        f"{int((table.forecast >= GOAL).sum())} of {n} settings."
     ]
-    lost = rivals[rivals.max(axis=1) >= table.forecast].idxmax(axis=1)
-    told += [
-        f"On {table.pairs[i]} pairs from {table.start[i]} at {table.lr[i]:g}, {RIVALS[name]} ranks them better."
-        for i, name in lost.items()
-    ]
+    if len(seeds) > 1:
+        told.append(f"Medians by seed: {', '.join(f'{rank:.2f} ({seed})' for seed, rank in seeds.items())}.")
+    if table.attainable.notna().all():
+        told.append(
+            f"As the orders differ among themselves, about {table.attainable.median():.2f} is attainable in the "
+            f"median, from {table.attainable.min():.2f}."
+        )
+    told.append(
+        "It ranks the pairs better than " + ", ".join(f"{RIVALS[name]} on {ahead[name]}" for name in RIVALS) + "."
+    )
+    lost = rivals.idxmax(axis=1)[rivals.max(axis=1) >= table.forecast]
+    for name, where in table.loc[lost.index].groupby(lost, sort=False):
+        settings = [f"{row.pairs} pairs from {row.start} at {row.lr:g} (seed {row.seed})" for row in where.itertuples()]
+        told.append(f"Where it does not, {RIVALS[name]} ranks best on {len(where)}: {', '.join(settings)}.")
     best = rivals.median().idxmax()
     told.append(f"Best of the others is {RIVALS[best]} with {rivals[best].median():.2f} in the median.")
     return " ".join(told)

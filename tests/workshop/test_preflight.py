@@ -11,11 +11,13 @@ import torch
 from lddyn import InputError
 from lddyn.__main__ import main
 from lddyn.chapters.dpo import evidence as dpo
+from lddyn.chapters.dpo import run as dpo_run
 from lddyn.data import preferences
 from lddyn.engine import models, store
 from lddyn.engine.probe_set import ProbeSet
-from lddyn.theory import first_order, losses
-from lddyn.workshop import forecast, preflight, preflight_page, preflight_worth
+from lddyn.engine.settings import derive
+from lddyn.theory import first_order, kernels, losses
+from lddyn.workshop import forecast, preflight, preflight_advice, preflight_page, preflight_worth
 from lddyn.workshop.forecast import How, Pairs
 
 LIMITS = ["--max-prompt", "64", "--max-response", "32"]
@@ -181,18 +183,21 @@ def test_a_forecast_that_ranks_the_pairs_gets_one_and_its_means_are_kept(tmp_pat
 
 def recorded(**values: float) -> pd.DataFrame:
     row = dict.fromkeys(preflight_worth.RIVALS, 0.2) | {"forecast": 0.8, "pairs": "style", "start": "base"}
-    row |= {"attainable": 0.9, "lr": 4e-4}
+    row |= {"attainable": 0.9, "lr": 4e-4, "seed": 400}
     return pd.DataFrame([row, row | values])
 
 
 def test_the_record_says_where_a_rival_is_better():
     told = preflight_worth.verdict(recorded(forecast=0.4, overlap=0.5))
-    assert (
-        "at least 0.7 on 1 of 2 settings" in told
-        and "On style pairs from base at 0.0004, overlap ranks them better" in told
-    )
-    assert "CHES on 2" in told and "overlap on 1" in told
-    assert "ranks them better" not in preflight_worth.verdict(recorded())
+    assert "at least 0.7 on 1 of 2 settings" in told and "CHES on 2" in told and "overlap on 1" in told
+    assert "overlap ranks best on 1: style pairs from base at 0.0004 (seed 400)" in told
+    assert "Where it does not" not in preflight_worth.verdict(recorded())
+
+
+def test_seeds_that_differ_are_told_apart_and_a_single_order_attains_nothing_known():
+    assert "Medians by seed: 0.80 (400), 0.60 (401)" in preflight_worth.verdict(recorded(seed=401, forecast=0.6))
+    alone = preflight_worth.verdict(recorded().assign(attainable=None))
+    assert "Medians by seed" not in alone and "attainable" not in alone
 
 
 def test_orders_that_disagree_leave_less_to_forecast():
@@ -217,15 +222,98 @@ def test_the_record_says_how_far_the_means_were_off():
     assert "first order alone misses that of chosen answers by 7.0" in told
 
 
+def kept_record(folder, name: str, rows: list[dict]):
+    made = {"runs": [], "seeds": [], "seconds": 0, "finished": "", "machine": "", "versions": {}, "git": {}}
+    store.write_json(folder / name, {"rows": rows, "manifest": made})
+
+
+@pytest.fixture
+def records(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "BOOK", tmp_path)
+    monkeypatch.setattr(store, "SOURCES", tmp_path)
+    folder = tmp_path / "recorded" / "preflight"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(preflight_worth, "RECORDED", folder)
+    monkeypatch.setattr(preflight_advice, "RECORDED", folder / "advice.json")
+    return folder
+
+
+def test_seeds_of_a_model_are_read_together_and_models_apart(records):
+    assert preflight_worth.recorded() == [] and "has not been recorded" in preflight_worth.sentence()
+    row = {"data": "builtin", "forecast": 0.5, "chosen_forecast": 1.0, "chosen_change": 3.0, "margin": 9.0}
+    for model, seed in (("a", 400), ("builtin", 401), ("builtin", 400)):
+        kept_record(records, f"{model}-builtin-{seed}.json", [row | {"model": model, "seed": seed}])
+    kept_record(records, "advice.json", [])
+    assert [(r.model, list(r.table.seed), len(r.made)) for r in preflight_worth.recorded()] == [
+        ("builtin", [400, 401], 2),
+        ("a", [400], 1),
+    ]
+    assert "On 2 recorded settings (model builtin, data builtin)" in preflight_worth.sentence()
+
+
 @pytest.mark.slow
-def test_every_setting_is_recorded_with_the_forecast_and_its_rivals(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight_worth, "RECORDED", store.BOOK / "recorded" / f"{tmp_path.name}.json")
-    try:
-        preflight_worth.record({"size": "tiny", "n_train": 16, "sft_short": 1, "orders": (0, 1)}, (7,))
-        table, made = store.kept(f"recorded/{tmp_path.name}")
-    finally:
-        preflight_worth.RECORDED.unlink()
-    assert set(zip(table.pairs, table.start, strict=True)) == {
-        (kind, start) for kind in dpo.PAIRS for start in ("base", "1 epochs of SFT")
-    }
-    assert made["seeds"] == [7] and table[["forecast", *preflight_worth.RIVALS]].notna().all().all()
+def test_every_setting_is_recorded_with_the_forecast_and_its_rivals(records):
+    preflight_worth.record(seeds=(7,), given={"size": "tiny", "n_train": 16, "sft_short": 1, "orders": (0, 1)})
+    ((_, _, table, made),) = preflight_worth.recorded()
+    assert sorted(zip(table.pairs, table.start, table.lr, strict=True)) == sorted(
+        (kind, start, lr) for kind in dpo.PAIRS for start in ("base", "1 epochs of SFT") for lr in (4e-4, 1.6e-3)
+    )
+    assert made[0]["seeds"] == [7] and table[["forecast", *preflight_worth.RIVALS]].notna().all().all()
+
+
+# --- what the advice is worth ----------------------------------------------------------------------------------
+
+
+def test_each_filter_keeps_the_half_that_its_score_ranks_first(lm, pairs):
+    settings = derive(preflight_worth.Worth, dpo_run.settings("smoke", {}), seed=3, model="", stage="", sft_epochs=0,
+                      pairs="style", orders=(0,))  # fmt: skip
+    kept = preflight_advice.halves(lm[0], pairs, settings)
+    assert set(kept) == {"random", *preflight_advice.FILTERS}
+    low = kernels.ches(lm[0], *pairs).argsort()[:4]
+    assert kept["ches"] == sorted(low.tolist()) and all(len(set(half)) == 4 for half in kept.values())
+    towards = forecast.direction(lm[0], pairs)
+    part = forecast.parts(lm[0], pairs, pairs.chosen, towards)
+    assert part[kept["forecast"]].min() > part[[i for i in range(8) if i not in kept["forecast"]]].max()
+
+
+def advised(**held_out: list[float]) -> pd.DataFrame:
+    """Four settings; chosen answers of held-out pairs by way of training, 0 where nothing is said."""
+    zero = dict.fromkeys(preflight_advice.MEASURED, 0.0)
+    return pd.DataFrame([
+        zero | {"pairs": "style", "seed": n, "lr": 1e-3, "way": way, "held_out_chosen": held_out.get(way, [0.0] * 4)[n]}
+        for way in preflight_advice.TRAINED for n in range(4)
+    ])  # fmt: skip
+
+
+def test_a_filter_is_judged_beside_a_random_half_and_not_by_its_own_pairs():
+    table = advised(random=[-5.0, -6.0, -4.0, -5.0], ches=[-1.0, -2.5, 0.0, -1.5], all=[-3.0, -3.0, -4.0, -2.0],
+                    forecast=[-6.0, -4.0, -6.0, -4.5], half_rate=[1.0, 2.0, 1.0, 2.0],
+                    normalised_ches=[-9.0] * 4)  # fmt: skip
+    table.loc[table.way == "forecast", "chosen"] = 50.0
+    told = preflight_advice.verdict(table)
+    assert "1 of 3, the half with the lowest CHES." in told[0]
+    assert "the half with the lowest CHES: +3.8 [" in told[2] and "more on 4 of 4 settings, higher" in told[2]
+    assert "no difference that these settings show" in told[1] and "settings, lower" in told[3]
+    assert any("highest with half the rate: at +1.5; with training as asked at -3.0" in s for s in told)
+
+
+@pytest.mark.slow
+def test_all_ways_take_as_many_steps_and_are_measured_on_pairs_that_none_of_them_has(records, monkeypatch):
+    monkeypatch.setattr(preflight_advice, "HELD_OUT", 4)
+    monkeypatch.setattr(preflight_advice, "PAIRS", {"style": "rejected_format"})
+    steps, train = [], preflight_worth.train
+
+    def counted(work, model, tokenizer, rows, callback, how):
+        steps.append(len(rows) / how.batch_size * how.epochs)
+        return train(work, model, tokenizer, rows, callback, how)
+
+    monkeypatch.setattr(preflight_worth, "train", counted)
+    preflight_advice.record((7,), {"size": "tiny", "n_train": 16, "orders": (0,)})
+    table, _ = store.kept("recorded/preflight/advice")
+    assert set(steps) == {4.0} and len(steps) == len(preflight_advice.TRAINED)
+    assert (
+        list(table.way) == list(preflight_advice.TRAINED)
+        and dict(zip(table.way, table.trained, strict=True))["ches"] == 8
+    )
+    assert (table.chosen_with_all[table.way == "all"] == table.chosen[table.way == "all"]).all()
+    assert (table.margin > table.held_out_margin).all() and "Beside a random half" in preflight_advice.sentence()
