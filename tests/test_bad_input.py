@@ -163,8 +163,8 @@ def test_a_python_that_is_not_there_is_one_line():
 def test_what_a_notebook_refuses_is_one_line_and_exit_code_2(tmp_path, capsys):
     words = ["run", "03_sft", "--scale", "smoke", "-p", "model", "./nowhere", "--out", str(tmp_path / "x.ipynb")]
     assert main(words) == 2
-    err = capsys.readouterr().err
-    assert "there is no model folder './nowhere'" in err and err.count("\n") == 1
+    expectation, refusal = capsys.readouterr().err.splitlines()
+    assert "here with its defaults" in expectation and "there is no model folder './nowhere'" in refusal
 
 
 def test_a_pdf_without_a_browser_says_so(monkeypatch, capsys):
