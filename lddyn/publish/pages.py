@@ -365,10 +365,10 @@ def write_bench() -> None:
     """The speed table of the page `run_it`: this machine's `make bench`, or the one that was recorded in `book/`."""
     recorded, own = json.loads((BOOK / "bench.json").read_text()), store.runs_root() / "bench.json"
     mine = json.loads(own.read_text()) if own.exists() else {}
+    measured, whose = recorded, "on the machine of this companion's authors"
     if mine.keys() >= recorded.keys():  # not one of before, which measured less
-        _write("bench.md", **in_words(mine, "on this machine"))
-    else:
-        _write("bench.md", **in_words(recorded, "on the machine of this companion's authors"))
+        measured, whose = mine, "on this machine"
+    _write("bench.md", **in_words(measured, whose))
 
 
 def report(measured: dict) -> str:

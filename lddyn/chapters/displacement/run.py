@@ -320,7 +320,7 @@ def outputs(work: Path, s: Outputs) -> pd.DataFrame:
     y = p.argmin(-1)
     top, others = softmax.top_other(p, y), ~torch.nn.functional.one_hot(y, 50).bool()
     for name, (alpha, output, logits) in softmax.OUTPUTS.items():
-        z, before, reached = logits(p), p, torch.zeros(s.draws, dtype=torch.bool)
+        z, before = logits(p), p
         gain_at_zero = torch.zeros(s.draws, dtype=torch.float64)
         for number in range(100):
             z = softmax.step(z, y, -0.01, output)
@@ -335,13 +335,13 @@ def outputs(work: Path, s: Outputs) -> pd.DataFrame:
             reached = before.gather(-1, y.unsqueeze(-1)).squeeze(-1) == 0
             gain_at_zero += torch.where(reached, gain, 0.0)
             before = after
-        moved = after - p
+        balance = softmax.account(p, after, y)
         metrics = {
-            "top": moved.gather(-1, top.unsqueeze(-1)).squeeze(-1),
-            "pushed": moved.gather(-1, y.unsqueeze(-1)).squeeze(-1),
+            "top": balance.gain,
+            "pushed": -balance.from_pushed,
             "top_at_zero": gain_at_zero,
-            "prob_share": softmax.account(p, after, y).share,
-            "prob_rising": (moved > 0)[others].view(s.draws, -1).double().mean(-1),
+            "prob_share": balance.share,
+            "prob_rising": (after > p)[others].view(s.draws, -1).double().mean(-1),
             "prob_zero": (after == 0)[others].view(s.draws, -1).double().mean(-1),
         }
         rows += _rows(1, name, metrics)

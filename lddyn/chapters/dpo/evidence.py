@@ -291,9 +291,8 @@ def contrasts(ends: pd.DataFrame) -> dict[str, pd.DataFrame]:
     ends: rows of `ends`. A difference is taken within a seed; where other settings are crossed with it, it is
     their mean. The kinds of pairs are compared at the large learning rate, where all effects are larger.
     """
-    lengths, rates = vary(ends, "pairs", "sft_epochs"), vary(ends, "pairs", "lr")
+    lengths, rates = vary(ends, "pairs", "sft_epochs"), _rates(ends)
     lengths = lengths[lengths.sft_epochs > 0]
-    rates = rates[rates.lr.isin(rates.lr[rates.pairs != "as_written"])]  # of the rates those that are crossed
     small, large = rates.lr.min(), rates.lr.max()
     fast, style = _fast(ends), rates.pairs == "style"
     found = {
@@ -311,10 +310,16 @@ def contrasts(ends: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {of: mean.xs(high, level=by) - mean.xs(low, level=by) for of, (mean, by, high, low) in means.items()}
 
 
-def _fast(ends: pd.DataFrame) -> pd.DataFrame:
-    """The kinds of pairs at the larger of the learning rates that they are crossed with."""
+def _rates(ends: pd.DataFrame) -> pd.DataFrame:
+    """The kinds of pairs at the learning rates that they are crossed with; pairs as written have more of these."""
     rates = vary(ends, "pairs", "lr")
-    return rates[rates.lr == rates.lr[rates.pairs != "as_written"].max()]
+    return rates[rates.lr.isin(rates.lr[rates.pairs != "as_written"])]
+
+
+def _fast(ends: pd.DataFrame) -> pd.DataFrame:
+    """The kinds of pairs at the larger of these learning rates."""
+    rates = _rates(ends)
+    return rates[rates.lr == rates.lr.max()]
 
 
 def effects(ends: pd.DataFrame) -> pd.DataFrame:
