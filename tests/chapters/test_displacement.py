@@ -167,6 +167,12 @@ def test_what_is_kept_is_compared_where_both_have_forgotten_equally_much():
         evidence.kept_at_equal(table, "npo, kept", "npo")
 
 
+def test_a_seed_gives_the_same_distributions_whatever_was_drawn_before(tmp_path):
+    first = displacement.outputs(tmp_path, displacement.Outputs(seed=0, draws=4))
+    torch.rand(1)
+    assert first.equals(displacement.outputs(tmp_path, displacement.Outputs(seed=0, draws=4)))
+
+
 @pytest.mark.slow
 def test_runs_give_every_claim_of_the_chapter_a_number(tmp_path):
     c, tables = displacement.settings("smoke", {}), []

@@ -345,7 +345,8 @@ def outputs(work: Path, s: Outputs) -> pd.DataFrame:
             "prob_zero": (after == 0)[others].view(s.draws, -1).double().mean(-1),
         }
         rows += _rows(1, name, metrics)
-    p = torch.distributions.Dirichlet(torch.ones(20, dtype=torch.float64)).sample((s.draws,))
+    p = torch.empty(s.draws, 20, dtype=torch.float64).exponential_(generator=random)
+    p /= p.sum(-1, keepdim=True)  # uniform among distributions
     rewards = (torch.rand(s.draws, 20, generator=random) < 0.5).double()
     each = torch.stack([policy.expected_residual(p, rewards, sign) for sign in policy.SIGNS])
     return store.long(rows + _rows(0, "policy", {"signs_differ": (each - each[0]).abs().amax((0, 2))}))
