@@ -190,6 +190,15 @@ def test_the_grid_crosses_at_its_centre_and_has_no_run_twice(data):
     assert len(cells) == len(cells.drop_duplicates()) == 3 * len(evidence.PAIRS)
 
 
+@pytest.mark.parametrize("scale", ["laptop", "pretrained"])
+def test_rates_of_pairs_as_written_alone_are_no_part_of_the_crossed_design(scale):
+    """The scale pretrained has one below those that all kinds of pairs are crossed with."""
+    c = dpo.settings(scale, {"model": "anything/on-the-hub"})
+    cells = evidence.crossed(pd.DataFrame([vars(run) for run in dpo.grid(c, STAGE) if run.measure == "paths"]))
+    assert set(cells.lr) == {c.few_lr, c.few_lr / 4} and c.more_rates
+    assert cells.groupby("pairs").size().to_dict() == dict.fromkeys(evidence.PAIRS, 3)
+
+
 def test_data_without_rephrases_leaves_out_the_pairs_that_need_them(tmp_path):
     rows = [{k: example(n)[k] for k in ("id", "prompt", "chosen", "rejected")} for n in range(12)]
     path = tmp_path / "plain.jsonl"

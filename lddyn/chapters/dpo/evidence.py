@@ -266,7 +266,7 @@ def ends(table: pd.DataFrame, kinds=("chosen", "rejected", "chosen_semantic", "o
 
 def crossed(ends: pd.DataFrame) -> pd.DataFrame:
     """The design for the question when y* rises: kinds of pairs x length of SFT, and kinds of pairs x learning rate."""
-    by_length, by_rate = vary(ends, "pairs", "sft_epochs"), vary(ends, "pairs", "lr")
+    by_length, by_rate = vary(ends, "pairs", "sft_epochs"), _rates(ends)
     return pd.concat([by_length[by_length.sft_epochs > 0], by_rate[by_rate.lr == by_rate.lr.min()]])
 
 
